@@ -1,0 +1,1 @@
+"""Run Phi-3 class language models on Intel hardware with OpenVINO GenAI."""
