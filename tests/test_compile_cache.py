@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ov_phi3.compile_cache import CANARY_FILE, cache_key, check_canary, load_guarded, prepare, purge, store_canary
-from ov_phi3.devices import DeviceInfo
+from ov_phi3.device import DeviceInfo
 from ov_phi3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,10 +199,10 @@ def test_a_blob_that_does_not_load_is_purged(folder: Path, caplog: pytest.LogCap
 def test_a_cached_engine_that_does_not_run_is_purged(folder: Path) -> None:
     engine = FakeEngine(folder, [5, 6])
     engine.load()
-    answers = iter([RuntimeError("boom"), [5, 6]])
+    answers: list[RuntimeError | list[int]] = [[5, 6], RuntimeError("boom")]
 
     def canary(_: list[int]) -> list[int]:
-        answer = next(answers)
+        answer = answers.pop()
         if isinstance(answer, Exception):
             raise answer
         return answer

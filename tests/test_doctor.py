@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ov_phi3.devices import DeviceInfo
-from ov_phi3.doctor import CANARY_TOKENS, Check, Sources, diagnose, worst
+from ov_phi3.device import DeviceInfo
+from ov_phi3.doctor import CANARY_PROMPT, CANARY_TOKENS, Check, Sources, diagnose, greedy_ids, worst
 from ov_phi3.errors import DeviceError, ModelError
 from ov_phi3.host import Probe
 
@@ -21,7 +21,11 @@ CPU = DeviceInfo("CPU", "Intel(R) Core(TM) Ultra 7", "CPU")
 IGPU = DeviceInfo("GPU.0", "Intel(R) Arc(TM) Graphics (iGPU)", "GPU", False, "24.35", 28 << 30)
 DGPU = DeviceInfo("GPU.1", "Intel(R) Arc(TM) A770 Graphics (dGPU)", "GPU", True, "24.35", 16 << 30)
 INFO = SimpleNamespace(
-    family="Phi-3-mini", context_length=4096, exporter_versions={"optimum_intel": "2.2.0"}, warnings=[]
+    family="phi-3",
+    quantization="int4_sym",
+    context_length=4096,
+    exporter_versions={"optimum_intel": "2.2.0"},
+    warnings=[],
 )
 VERSIONS: Mapping[str, str | None] = {"openvino": "2026.4.1", "openvino-genai": "2026.4.1.0"}
 
@@ -323,5 +327,27 @@ def test_this_machine() -> None:
     assert named(checks, "canary").status == "skipped"
 
 
-def test_the_number_of_canary_tokens_is_small() -> None:
-    assert 4 <= CANARY_TOKENS <= 16
+def test_greedy_ids_go_through_the_public_api_and_close_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Pipe:
+        def __enter__(self) -> Pipe:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            asked.append("closed")
+
+        def generate(self, prompt: str, **options: Any) -> SimpleNamespace:
+            asked.append((prompt, options))
+            return SimpleNamespace(token_ids=(1, 2))
+
+    def load(path: Path, *, device: str) -> Pipe:
+        asked.append((path, device))
+        return Pipe()
+
+    monkeypatch.setattr("ov_phi3.load", load, raising=False)
+    assert greedy_ids(tmp_path, "GPU.0", 2) == [[1, 2], [1, 2]]
+    once = (CANARY_PROMPT, {"max_new_tokens": CANARY_TOKENS, "do_sample": False, "ignore_eos": True})
+    assert asked == [(tmp_path, "GPU.0"), once, once, "closed"]

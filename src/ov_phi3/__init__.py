@@ -1,1 +1,125 @@
-"""Run Phi-3 class language models on Intel hardware with OpenVINO GenAI."""
+"""Run Phi-3 class language models on Intel hardware with OpenVINO GenAI.
+
+Importing this package imports neither openvino nor numpy: every name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ov_phi3._version import __version__
+
+if TYPE_CHECKING:
+    from ov_phi3.backends import Backend, EngineReport, Request
+    from ov_phi3.chat import Chat
+    from ov_phi3.device import DeviceInfo, devices
+    from ov_phi3.doctor import Check, diagnose
+    from ov_phi3.errors import (
+        ClosedError,
+        ConfigError,
+        ContextOverflowError,
+        DeviceError,
+        Error,
+        ExportError,
+        GenerationError,
+        ModelError,
+        PromptError,
+        SnapshotError,
+        StreamError,
+        TemplateError,
+    )
+    from ov_phi3.exporter import export
+    from ov_phi3.generation_config import GenerationConfig
+    from ov_phi3.loading import LoadReport, ModelWarning, load
+    from ov_phi3.metrics import Metrics
+    from ov_phi3.model_info import ModelInfo
+    from ov_phi3.pipeline import Pipeline
+    from ov_phi3.results import Alternative, GenerationResult, StreamChunk
+    from ov_phi3.stream import TokenStream
+    from ov_phi3.template import ChatTemplate, Raw
+    from ov_phi3.tokenizer import Tokenizer
+
+_HOMES = {
+    "backends": ("Backend", "EngineReport", "Request"),
+    "chat": ("Chat",),
+    "device": ("DeviceInfo", "devices"),
+    "doctor": ("Check", "diagnose"),
+    "errors": (
+        "ClosedError",
+        "ConfigError",
+        "ContextOverflowError",
+        "DeviceError",
+        "Error",
+        "ExportError",
+        "GenerationError",
+        "ModelError",
+        "PromptError",
+        "SnapshotError",
+        "StreamError",
+        "TemplateError",
+    ),
+    "exporter": ("export",),
+    "generation_config": ("GenerationConfig",),
+    "loading": ("LoadReport", "ModelWarning", "load"),
+    "metrics": ("Metrics",),
+    "model_info": ("ModelInfo",),
+    "pipeline": ("Pipeline",),
+    "results": ("Alternative", "GenerationResult", "StreamChunk"),
+    "stream": ("TokenStream",),
+    "template": ("ChatTemplate", "Raw"),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the names are those of the table above
+    "Alternative",
+    "Backend",
+    "Chat",
+    "ChatTemplate",
+    "Check",
+    "ClosedError",
+    "ConfigError",
+    "ContextOverflowError",
+    "DeviceError",
+    "DeviceInfo",
+    "EngineReport",
+    "Error",
+    "ExportError",
+    "GenerationConfig",
+    "GenerationError",
+    "GenerationResult",
+    "LoadReport",
+    "Metrics",
+    "ModelError",
+    "ModelInfo",
+    "ModelWarning",
+    "Pipeline",
+    "PromptError",
+    "Raw",
+    "Request",
+    "SnapshotError",
+    "StreamChunk",
+    "StreamError",
+    "TemplateError",
+    "TokenStream",
+    "Tokenizer",
+    "__version__",
+    "devices",
+    "diagnose",
+    "export",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ov_phi3' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ov_phi3.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -24,7 +24,7 @@ from ov_phi3.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ov_phi3.devices import DeviceInfo
+    from ov_phi3.device import DeviceInfo
 
 __all__ = ["CANARY_FILE", "cache_key", "check_canary", "load_guarded", "prepare", "purge", "store_canary"]
 

@@ -297,8 +297,8 @@ def to_genai(config: GenerationConfig) -> openvino_genai.GenerationConfig:
             value = set(value)
         elif theirs == "stop_criteria":
             value = getattr(openvino_genai.StopCriteria, value.upper())
-        elif theirs == "top_k" and value == 0:
-            continue  # GenAI's "all" is the largest size_t, which is its default
+        elif theirs in ("top_k", "no_repeat_ngram_size") and value == 0:
+            continue  # GenAI's "off" is the largest size_t, which is its default
         elif theirs == "temperature" and value == 0:
             continue
         setattr(out, theirs, value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ov_phi3.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from ov_phi3.devices import DeviceInfo
+    from ov_phi3.device import DeviceInfo
 
 __all__ = ["latency_properties", "merge_config"]
 

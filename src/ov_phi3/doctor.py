@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ov_phi3.devices import SEE_DOCTOR, DeviceInfo, hint, resolve
-from ov_phi3.devices import devices as list_devices
+from ov_phi3.device import SEE_DOCTOR, DeviceInfo, hint, resolve
+from ov_phi3.device import devices as list_devices
 from ov_phi3.errors import Error
 from ov_phi3.host import Obstacle, Probe, gpu_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["CANARY_PROMPT", "CANARY_TOKENS", "Check", "Status", "diagnose", "worst"]
+__all__ = [
+    "CANARY_PROMPT",
+    "CANARY_TOKENS",
+    "Check",
+    "Sources",
+    "Status",
+    "default_sources",
+    "diagnose",
+    "greedy_ids",
+    "worst",
+]
 
 Status = Literal["ok", "warning", "error", "skipped"]
 CANARY_PROMPT = "What is the capital of France?"
@@ -272,19 +282,18 @@ def _model(sources: Sources, model_dir: Path | None) -> Iterator[Check]:
         return
     info = sources.inspect(model_dir)  # a ModelError says what is missing, and becomes the check
     exporter = ", ".join(f"{name} {version}" for name, version in dict(info.exporter_versions).items()) or "unknown"
-    yield Check("model", "ok", f"{info.family}, context {info.context_length} tokens, exported by {exporter}")
+    detail = f"{info.family}, {info.quantization}, context {info.context_length} tokens, exported by {exporter}"
+    yield Check("model", "ok", detail)
     for warning in info.warnings:
         yield Check("model", "warning", str(warning))
 
 
 def _canary(sources: Sources, model_dir: Path | None, chosen: Sequence[DeviceInfo], *, wanted: bool) -> Check:
     if model_dir is None or not chosen or not wanted:
-        reason = (
-            "no model directory was given"
-            if model_dir is None
-            else "not run: " + ("no device" if not chosen else "mend the errors above first, or it was switched off")
+        wish = (
+            "there is no device to run on" if not chosen else "it was not asked for, or there are errors to mend first"
         )
-        return Check("canary", "skipped", reason)
+        return Check("canary", "skipped", "no model directory was given" if model_dir is None else f"not run: {wish}")
     name = chosen[0].name
     first, second = (list(ids) for ids in sources.canary(model_dir, name, 2))
     if not first:

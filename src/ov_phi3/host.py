@@ -50,7 +50,7 @@ class Obstacle:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.what}; to fix: {self.fix}"
+        return f"{self.what} -> {self.fix}"
 
 
 def _open_for_both(path: Path) -> bool:

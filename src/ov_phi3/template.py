@@ -15,9 +15,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ov_phi3.errors import TemplateError, did_you_mean
+
+if TYPE_CHECKING:
+    from ov_phi3.model_info import ModelInfo
 
 __all__ = ["ChatTemplate", "Message", "Raw", "Segment"]
 
@@ -114,7 +117,11 @@ class ChatTemplate:
         """
         from ov_phi3.model_info import ModelInfo
 
-        info = ModelInfo.from_dir(model_dir)
+        return cls.for_info(ModelInfo.from_dir(model_dir))
+
+    @classmethod
+    def for_info(cls, info: ModelInfo) -> ChatTemplate:
+        """The same for a directory that was read already."""
         return cls.from_jinja(info.chat_template, eos=info.eos_token, bos=info.bos_token)
 
     @classmethod
@@ -160,6 +167,15 @@ class ChatTemplate:
         elif not add_generation_prompt and self.eos:
             out.append(Segment(self.eos, True))
         return out
+
+    def continuation(self, message: Message) -> list[Segment]:
+        """What follows a reply when the conversation goes on: the reply's end, a further message, a generation prompt.
+
+        Raises:
+            TemplateError: as `segments`.
+        """
+        opening = [] if self.open_after_user else self._layout(self.header.format(role="assistant"))
+        return self._layout(self.end) + self._turn(0, message) + opening
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as one string, equal to what the model's own `chat_template` gives.

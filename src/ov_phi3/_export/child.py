@@ -24,11 +24,11 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 
 # The child watches its standard input, whose other end only the parent holds: when the parent is gone, however it went,
-# the child removes the unfinished directory and exits. The working directory is taken off sys.path ("-c" puts it there),
+# the child removes the unfinished directory and exits. The working directory is taken off sys.path, where "-c" puts it,
 # so that a folder called `datasets` or `optimum` where the user happens to be is not imported.
 _BOOTSTRAP = """
 import os, sys, threading
-sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
+sys.path[:] = [path for path in sys.path if path]
 def watch():
     try:
         while os.read(0, 1): pass
@@ -70,10 +70,10 @@ def bootstrap(code: str, remove: Path) -> list[str]:
 
 
 def child_environment(scratch: Path) -> dict[str, str]:
-    """This process's environment with telemetry off, UTF-8 on, and temporary files kept in a directory of ours.
+    """The environment of this process with telemetry off, UTF-8 on, and temporary files kept in a directory of ours.
 
     optimum-cli writes the unquantised model to the temporary directory before it quantises: gigabytes that must go away
-    with a killed export, and that should lie on the disk of the output. openvino-telemetry sends nothing where CI is set.
+    with a killed export, and that should lie on the disk of the output. openvino-telemetry is silent where CI is set.
     """
     ours = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -131,11 +131,9 @@ def run(command: Sequence[str], environment: Mapping[str, str], progress: Progre
 
 
 def _next(lines: queue.SimpleQueue[ProgressLine | None]) -> ProgressLine | None:
-    while True:
-        try:
-            return lines.get(timeout=0.2)  # in slices: on Windows a wait without a timeout swallows Ctrl-C
-        except queue.Empty:
-            continue
+    while True:  # in slices: on Windows a wait without a timeout swallows Ctrl-C
+        with suppress(queue.Empty):
+            return lines.get(timeout=0.2)
 
 
 def _read(stream: object, lines: queue.SimpleQueue[ProgressLine | None]) -> None:

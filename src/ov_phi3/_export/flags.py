@@ -121,6 +121,7 @@ _QUANTISED_ONLY = frozenset(FLAGS) - {
     "weight_format", "cache_dir", "pad_token_id", "variant", "model_kwargs", "framework", "library",
 }  # fmt: skip
 _ACTIVATIONS_ONLY = frozenset({"smooth_quant_alpha"})
+_DATA_AWARE = ("scale_estimation", "gptq", "lora_correction")
 _4BIT_ONLY = _QUANTISED_ONLY - _ACTIVATIONS_ONLY - {"quant_mode", "sym"}
 
 
@@ -158,8 +159,8 @@ def arguments(flags: Mapping[str, Any]) -> list[str]:
 def group_size_channels(config: Phi3Config) -> dict[str, int]:
     """Input widths of the layers that are compressed in groups: a group size has to divide each of them.
 
-    qkv_proj and gate_up_proj read the hidden state, o_proj the attention heads, down_proj the MLP. The embedding and the
-    output layer are int8, except with `all_layers`, and read the hidden state as well.
+    qkv_proj and gate_up_proj read the hidden state, o_proj the attention heads, down_proj the MLP. The embedding and
+    the output layer are int8, except with `all_layers`, and have the width of the hidden state as well.
     """
     return {
         "hidden_size": config.hidden_size,
@@ -191,7 +192,9 @@ def _check_range(name: str, value: Any) -> None:
     if name == "ratio" and not 0 < value <= 1:
         raise ConfigError(f"ratio is {value}; expected the share of layers in 4 bits, above 0 and up to 1.")
     if name == "group_size" and value != -1 and value < 1:
-        raise ConfigError(f"group_size is {value}; expected a positive number such as 128, or -1 for one group per row.")
+        raise ConfigError(
+            f"group_size is {value}; expected a positive number such as 128, or -1 for one group per row."
+        )
     if name == "num_samples" and value < 1:
         raise ConfigError(f"num_samples is {value}; expected at least 1.")
     if name in ("dataset", "quantization_statistics_path", "cache_dir", "variant") and not value:
@@ -212,9 +215,21 @@ def _check_together(flags: Flags) -> None:
             f"{', '.join(sorted(ignored))}: no effect with {'quant_mode' if mode else 'weight_format'} "
             f"{mode or weights!r}, and optimum-cli would ignore it. Leave it out, or choose a 4-bit weight_format."
         )
-    for name in ("scale_estimation", "gptq", "lora_correction"):
+    for name in (*_DATA_AWARE, "num_samples"):
         if name in flags and "dataset" not in flags:
             raise ConfigError(f"{name} needs a dataset to measure activations with, such as dataset='wikitext2'.")
+    if (
+        weights in _4BIT
+        and "dataset" in flags
+        and flags.get("ratio", 1) == 1
+        and not flags.keys() & {"awq", *_DATA_AWARE}
+    ):
+        raise ConfigError(
+            "dataset has no effect: all layers are in 4 bits (ratio 1) and no algorithm uses it. Leave it out, or add "
+            "awq, scale_estimation, gptq or lora_correction."
+        )
+    if weights == "mxfp4" and flags.get("group_size", 32) != 32:
+        raise ConfigError(f"group_size is {flags['group_size']}; expected 32, the only one that mxfp4 has.")
 
 
 def _without_effect(mode: str | None, weights: str | None) -> frozenset[str]:

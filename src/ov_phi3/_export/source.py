@@ -67,8 +67,8 @@ def local_source(path: Path) -> Source:
     """Check a directory with a Hugging Face model.
 
     Raises:
-        ModelError: not a directory, no `config.json`, another architecture, no weights, shards missing or cut off, or no
-            tokenizer.
+        ModelError: not a directory, no `config.json`, another architecture, no weights, shards missing or cut off, or
+            no tokenizer.
     """
     if not path.is_dir():
         raise ModelError(f"{path} is a file; expected the directory that holds the model, {path.parent}.")
@@ -115,7 +115,9 @@ def _read_shard(file: Path, size: int) -> int:
             header: dict[str, Any] = json.loads(stream.read(length)) if length < size else {}
         tensors = [value for name, value in header.items() if name != "__metadata__"]
         needed = 8 + length + max((value["data_offsets"][1] for value in tensors), default=0)
-        values = sum((v["data_offsets"][1] - v["data_offsets"][0]) // _BYTES_PER_VALUE.get(v["dtype"], 1) for v in tensors)
+        values = sum(
+            (v["data_offsets"][1] - v["data_offsets"][0]) // _BYTES_PER_VALUE.get(v["dtype"], 1) for v in tensors
+        )
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (ValueError, LookupError, TypeError) as error:
@@ -153,13 +155,13 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
     memory, (total, available) = int(1.5 * source.weight_bytes), total_memory()
     if total is not None and total < memory:
         raise ExportError(
-            f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {memory / _GIB:.1f} GiB. Export on "
-            "a larger machine and copy the result, or use a model that is exported already."
+            f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {memory / _GIB:.1f} GiB. "
+            "Export on a larger machine and copy the result, or use a model that is exported already."
         )
     if available is not None and available < memory:
         return (
-            f"{available / _GIB:.1f} GiB of memory are free and the export needs about {memory / _GIB:.1f} GiB: it may be "
-            "slow, or be killed. Close other programs."
+            f"{available / _GIB:.1f} GiB of memory are free and the export needs about {memory / _GIB:.1f} GiB: it may "
+            "be slow, or be killed. Close other programs."
         )
     return None
 
@@ -167,7 +169,9 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
 def total_memory() -> tuple[int | None, int | None]:
     """All memory with swap, and what is free of it, in bytes; None where the system does not say (only Linux does)."""
     try:
-        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE))
+        fields = dict(
+            re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+        )
         total = (int(fields["MemTotal"]) + int(fields["SwapTotal"])) * 1024
         free = (int(fields["MemAvailable"]) + int(fields["SwapFree"])) * 1024
     except (OSError, KeyError, ValueError):

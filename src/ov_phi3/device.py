@@ -203,7 +203,8 @@ def _no_gpu(probe: Probe | None) -> str:
             "No GPU: what OpenVINO needs looks complete, so the driver may be too old for this GPU or this OpenVINO; "
             "to fix: update the Intel graphics driver (on Debian and Ubuntu the package intel-opencl-icd)."
         )
-    return "No GPU because " + "; ".join(str(obstacle) for obstacle in obstacles) + "."
+    listed = " ".join(f"({number}) {obstacle}." for number, obstacle in enumerate(obstacles, 1))
+    return f"No GPU, because: {listed}"
 
 
 def hint(device: DeviceInfo, available: Iterable[DeviceInfo]) -> str:
@@ -216,6 +217,8 @@ def hint(device: DeviceInfo, available: Iterable[DeviceInfo]) -> str:
     return f"{device} is the integrated GPU; {better[0]} is discrete and usually faster: device={better[0].name!r}"
 
 
+# Where in OpenVINO's sources it happened, which OpenVINO puts before its message, once per layer.
+_WHERE = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
 _SETTINGS = (
     "unsupported property",
     "property key",
@@ -295,6 +298,5 @@ def _memory_advice(lower: str, device: DeviceInfo | str) -> str:
 
 
 def _core_message(exc: BaseException) -> str:
-    lines = [line.strip() for line in str(exc).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
-    return " ".join(kept) or next((line for line in lines if line), type(exc).__name__)
+    lines = [_WHERE.sub("", line).strip() for line in str(exc).splitlines()]
+    return " ".join(line for line in lines if line) or type(exc).__name__

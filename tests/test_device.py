@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ov_phi3.devices import (
+from ov_phi3.device import (
     DeviceInfo,
     devices,
     explain_device_failure,
@@ -91,7 +91,7 @@ def test_the_device_under_test_resolves_to_itself() -> None:
 
 def test_importing_devices_does_not_import_openvino() -> None:
     code = (
-        "import sys, ov_phi3.devices, ov_phi3.doctor, ov_phi3.compile_cache\n"
+        "import sys, ov_phi3.device, ov_phi3.doctor, ov_phi3.compile_cache\n"
         "sys.exit('openvino' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -276,6 +276,7 @@ def test_windows_and_macos() -> None:
     assert "macOS" in mac.what
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
 def test_kernel_module_with_its_version(tmp_path: Path) -> None:
     probe = gpu_probe(tmp_path)
     node = probe.render_nodes()[0]
@@ -399,7 +400,8 @@ NO_LOADER = (
 NO_DEVICE = (
     "Exception from src/inference/src/cpp/core.cpp:117:\nException from src/inference/src/dev/plugin.cpp:112:\n"
     "Check '!m_device_map.empty()' failed at src/plugins/intel_gpu/src/plugin/plugin.cpp:559:\n"
-    "[GPU] Can't get FULL_DEVICE_NAME property as no supported devices found or an error happened during devices query.\n"
+    "[GPU] Can't get FULL_DEVICE_NAME property as no supported devices found or an error happened during devices "
+    "query.\n"
 )
 TOO_LARGE = (
     "Check '!exceed_allocatable_mem_size' failed at src/plugins/intel_gpu/src/runtime/ocl/ocl_engine.cpp:115:\n"
@@ -407,7 +409,9 @@ TOO_LARGE = (
     "device is 4294959104 bytes."
 )
 RESOURCES = "Exception from infer_request.cpp:1:\n[GPU] CL_OUT_OF_RESOURCES exception.\n"
-NPU_COMPILER = "Exception from x.cpp:54:\nVCL compiler loading failed, aborting. Error: Cannot load library"
+NPU_COMPILER = (
+    "Exception from x.cpp:54:\nVCL compiler loading failed, aborting. Error: Exception from y.cpp:22:\nCannot load"
+)
 STALE = "[GPU] Cannot import compiled blob: it was built for a different runtime configuration"
 
 
@@ -457,14 +461,15 @@ def test_a_property_that_the_real_cpu_refuses_is_a_config_error(config: dict[str
     assert "does not accept a property" in str(error)
 
 
-@pytest.mark.skipif(any(info.kind == "GPU" for info in devices()), reason="this machine has a GPU")
 def test_the_real_failure_of_a_machine_without_a_gpu(tmp_path: Path) -> None:
     import openvino
 
+    if any(info.kind == "GPU" for info in devices()):
+        pytest.skip("this machine has a GPU")
     parameter = openvino.opset13.parameter([1], openvino.Type.f32)
     model = openvino.Model([openvino.opset13.relu(parameter)], [parameter], "relu")
     with pytest.raises(RuntimeError) as caught:
         openvino.Core().compile_model(model, "GPU.0")
     error = explain_device_failure(caught.value, "GPU.0", gpu_probe(tmp_path, node=False))
     assert isinstance(error, DeviceError)
-    assert "No GPU because the kernel shows no GPU" in str(error)
+    assert "No GPU, because: (1) the kernel shows no GPU" in str(error)

@@ -1,0 +1,103 @@
+"""What the latency figures of a reply mean, computed from raw timestamps.
+
+Two clocks are kept apart. The *engine* clock is the one of `openvino_genai`: it starts inside `generate` and stamps a token
+before it is decoded or handed out. Ours starts when the request is made and stamps a token when it reaches the consumer's
+side, so it also holds what comes between: waiting for another request, tokenization and the callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Metrics"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Latency of one reply. All times are in milliseconds.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        generated_tokens: length of the reply, end token included.
+        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where the engine does not tell.
+        ttft_ms: time to first token, from the request to the first token id (None if there was none).
+        first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` where the first tokens
+            are half a character or may begin a stop string.
+        tpot_ms: time per output token, (last token - first token) / (tokens - 1), the definition of vLLM's serving benchmark;
+            None for fewer than two tokens.
+        total_ms: from the request to the end.
+        queue_ms: the part of `ttft_ms` spent waiting for earlier requests on the same pipeline.
+        token_times_ms: when each token came, counted from the request. Tokens that came in one step have one time.
+        engine_ttft_ms: time to first token by the engine's own clock; None where it has none.
+        engine_tpot_ms: mean gap between tokens by the engine's own clock; None where it has none.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    reused_tokens: int | None
+    ttft_ms: float | None
+    first_text_ms: float | None
+    tpot_ms: float | None
+    total_ms: float
+    queue_ms: float
+    token_times_ms: tuple[float, ...]
+    engine_ttft_ms: float | None = None
+    engine_tpot_ms: float | None = None
+
+    @property
+    def inter_token_ms(self) -> tuple[float, ...]:
+        """Gaps between successive tokens; 0 between tokens of one step."""
+        return tuple(b - a for a, b in zip(self.token_times_ms, self.token_times_ms[1:], strict=False))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Output rate while decoding, 1000 / `tpot_ms`; the first token is left out, as its time is the prompt's."""
+        return 1000.0 / self.tpot_ms if self.tpot_ms else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+    def __str__(self) -> str:
+        parts = [f"{self.prompt_tokens} prompt tokens", f"{self.generated_tokens} new"]
+        if self.ttft_ms is not None:
+            parts.append(f"first token {self.ttft_ms:.0f} ms")
+        if self.tpot_ms is not None:
+            parts.append(f"{self.tpot_ms:.1f} ms per token ({self.tokens_per_second:.1f} tokens/s)")
+        return ", ".join(parts)
+
+    @classmethod
+    def from_stamps(
+        cls,
+        *,
+        requested: float,
+        started: float | None,
+        tokens: Sequence[float],
+        first_text: float | None,
+        ended: float,
+        prompt_tokens: int,
+        reused_tokens: int | None = None,
+        engine_ttft_ms: float | None = None,
+        engine_tpot_ms: float | None = None,
+    ) -> Metrics:
+        """From stamps of one clock, in seconds: request, start of the engine, each token, first text, end."""
+
+        def since(stamp: float | None) -> float | None:
+            return None if stamp is None else (stamp - requested) * 1000.0
+
+        count = len(tokens)
+        return cls(
+            prompt_tokens=prompt_tokens,
+            generated_tokens=count,
+            reused_tokens=reused_tokens,
+            ttft_ms=since(tokens[0]) if count else None,
+            first_text_ms=since(first_text),
+            tpot_ms=(tokens[-1] - tokens[0]) * 1000.0 / (count - 1) if count > 1 else None,
+            total_ms=(ended - requested) * 1000.0,
+            queue_ms=((started if started is not None else ended) - requested) * 1000.0,
+            token_times_ms=tuple((t - requested) * 1000.0 for t in tokens),
+            engine_ttft_ms=engine_ttft_ms,
+            engine_tpot_ms=engine_tpot_ms,
+        )

@@ -1,0 +1,233 @@
+"""A loaded model: prompts in, replies out, one at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Union
+
+from ov_phi3.backends import Backend, Request
+from ov_phi3.chat import Chat
+from ov_phi3.errors import ClosedError, ConfigError, ContextOverflowError, PromptError
+from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.results import GenerationResult
+from ov_phi3.stream import Channel, TokenStream, now, start_worker
+from ov_phi3.template import Message, Raw
+from ov_phi3.tokenizer import Tokenizer, as_ids
+from ov_phi3.turns import Turns
+from ov_phi3.worker import Reply
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ov_phi3.device import DeviceInfo
+    from ov_phi3.loading import LoadReport
+    from ov_phi3.model_info import ModelInfo
+
+    Prompt = Union[str, Raw, Sequence[Message], Sequence[int], NDArray[np.integer[Any]]]
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """A loaded model. Made by `load`; also a context manager. Any number of threads may use one.
+
+    Requests are served one at a time, in order of arrival.
+
+    Attributes:
+        info: the model directory's `ModelInfo`.
+        tokenizer: its `Tokenizer`.
+        device: the `DeviceInfo` it runs on, with its full name.
+        context_length: tokens that prompt and reply share here.
+        defaults: the model's own generation options.
+        load_report: what loading took.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        device: DeviceInfo,
+        backend: Backend,
+        context_length: int,
+        defaults: GenerationConfig,
+        load_report: LoadReport,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.device = device
+        self.context_length = context_length
+        self.defaults = defaults
+        self.load_report = load_report
+        self._backend: Backend | None = backend
+        self._turns = Turns()
+        self._state = threading.Lock()
+        self._live: weakref.WeakKeyDictionary[Channel, threading.Thread] = weakref.WeakKeyDictionary()
+        # A resolved config names the ids that end a reply; the template's own turn token is among them where it exists.
+        self._end_ids = info.eos_token_ids
+
+    def __repr__(self) -> str:
+        state = "closed" if self._backend is None else str(self.device)
+        return f"<Pipeline {self.info.path.name!r} ({self.info.family}, {self.info.quantization}) on {state}>"
+
+    # -- generating --------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> GenerationResult:
+        """The whole reply to a prompt.
+
+        Args:
+            prompt: a string (one user message), a list of messages, `Raw` text, or token ids.
+            config: how to generate; `options` are laid over it.
+            **options: fields of `GenerationConfig`.
+
+        Raises:
+            ConfigError: an unknown option or one that contradicts another.
+            ContextOverflowError: prompt and reply do not fit the context window.
+            PromptError, TemplateError: a prompt that cannot become token ids.
+            GenerationError: the engine failed.
+            ClosedError: the pipeline was closed.
+        """
+        return self._start(prompt, config, options, streams=False).result
+
+    def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> TokenStream:
+        """The reply as it comes; generation starts at once. Arguments and errors are those of `generate`."""
+        return self._start(prompt, config, options, streams=True)
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """A conversation that keeps the exact token ids of every turn, so that its KV cache is used again.
+
+        Args:
+            system: a system message.
+        """
+        self._engine()
+        return Chat(self, system=system)
+
+    def encode(self, prompt: Prompt) -> NDArray[np.int64]:
+        """The prompt as it goes to the engine: token ids, int64, shape [tokens]; the template is applied exactly once.
+
+        Raises:
+            PromptError, TemplateError: a prompt that cannot become token ids.
+            TypeError: none of the kinds of prompt.
+        """
+        if isinstance(prompt, Raw):
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode_messages([{"role": "user", "content": prompt}])
+        elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_messages(prompt)  # type: ignore[arg-type]
+        elif isinstance(prompt, Mapping):
+            raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
+        else:
+            ids = as_ids(prompt, self.info.vocab_size)
+        if not ids.size:
+            raise PromptError("the prompt is empty; give a text, messages or token ids.")
+        return ids
+
+    def warmup(self) -> float:
+        """Run one short inference now, so that the first request does not pay for it; returns its milliseconds."""
+        begun = time.perf_counter()
+        self.generate(self._probe_ids(), max_new_tokens=2, ignore_eos=True, do_sample=False)
+        return (time.perf_counter() - begun) * 1000.0
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel what runs, wait for it (at most one token), and free the model. Can be called again."""
+        with self._state:
+            backend, self._backend = self._backend, None
+            live = list(self._live.items())
+        for channel, _ in live:
+            channel.cancel()
+        for _, thread in live:
+            if thread is not threading.current_thread():
+                thread.join()
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Backend:
+        backend = self._backend
+        if backend is None:
+            raise ClosedError(f"the pipeline for {self.info.path} was closed; load the model again.")
+        return backend
+
+    def _start(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None,
+        options: Mapping[str, Any],
+        *,
+        streams: bool,
+        on_end: Callable[[GenerationResult | None], None] | None = None,
+    ) -> TokenStream:
+        requested = now()
+        self._engine()
+        wanted = self._config(config, options)
+        ids = self.encode(prompt)
+        request = Request(ids, self._resolve(wanted, len(ids), streams=streams), self._end_ids)
+        channel = Channel()
+        reply = Reply(request, self.tokenizer, channel, requested, on_end)
+        engine, turns = self._engine, self._turns
+
+        with self._state:
+            self._engine()
+            self._live[channel] = start_worker(channel, lambda: reply.run(engine, turns))
+        return TokenStream(channel)
+
+    @staticmethod
+    def _config(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
+        if config is None:
+            return GenerationConfig(**options)
+        if not isinstance(config, GenerationConfig):
+            raise TypeError(f"config must be a GenerationConfig, not {type(config).__name__}")
+        return config.replace(**options) if options else config
+
+    def _resolve(self, wanted: GenerationConfig, prompt_tokens: int, *, streams: bool) -> GenerationConfig:
+        """Every option filled in and checked against the room that the prompt leaves."""
+        room = self.context_length - prompt_tokens
+        self._check_room(wanted, prompt_tokens, room)
+        resolved = wanted.resolve(self.defaults, room=room, prompt_tokens=prompt_tokens)
+        for name in ("num_beams", "num_return_sequences"):
+            if streams and getattr(resolved, name) > 1:
+                raise ConfigError(
+                    f"{name}={getattr(resolved, name)} cannot be streamed: which reply wins is known at the end only. "
+                    f"Use generate(), or {name}=1."
+                )
+        wrong = [i for i in resolved.stop_token_ids or () if i >= self.info.vocab_size]
+        if wrong:
+            raise ConfigError(f"stop_token_ids holds {wrong[0]}; ids go from 0 to {self.info.vocab_size - 1}.")
+        return resolved
+
+    def _check_room(self, wanted: GenerationConfig, prompt_tokens: int, room: int) -> None:
+        if room < 1:
+            problem = f"the prompt has {prompt_tokens} tokens, which leaves no room for a reply"
+        elif (wanted.max_new_tokens or 0) > room:
+            problem = f"the prompt has {prompt_tokens} tokens and max_new_tokens is {wanted.max_new_tokens}"
+        elif (wanted.min_new_tokens or 0) > room:
+            problem = f"the prompt has {prompt_tokens} tokens and min_new_tokens is {wanted.min_new_tokens}"
+        elif wanted.max_length is not None and not prompt_tokens < wanted.max_length <= self.context_length:
+            problem = f"the prompt has {prompt_tokens} tokens and max_length is {wanted.max_length}"
+        else:
+            return
+        advice = "Shorten the prompt" + (f", or ask for at most {room} new tokens." if room > 0 else ".")
+        raise ContextOverflowError(
+            f"{problem}; prompt and reply share a context window of {self.context_length} tokens. {advice}",
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=wanted.max_new_tokens,
+            context_length=self.context_length,
+        )
+
+    def _probe_ids(self) -> NDArray[np.int64]:
+        return self.encode("Hi")

@@ -1,0 +1,89 @@
+"""What a stream yields and what it amounts to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.metrics import Metrics
+
+__all__ = ["Alternative", "FinishReason", "GenerationResult", "StreamChunk"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""Why a reply ended: an end token or stop string, its length limit, or someone cancelled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """One step of a reply.
+
+    Attributes:
+        text: text that is whole now; may be empty while a character or a possible stop string is incomplete.
+        token_ids: the step's ids, one or several; the last chunk can have text and no ids.
+        finish_reason: on the last chunk why the reply ended, on all others None.
+    """
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One more reply to the same prompt, from beams or several samples.
+
+    Attributes:
+        text: its text.
+        token_ids: its ids, end token included.
+        finish_reason: why it ended.
+        score: the engine's score, higher is better.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A whole reply.
+
+    Attributes:
+        text: the reply; special tokens and, unless asked for, the stop string are left out.
+        token_ids: its ids as generated, end token included.
+        finish_reason: "stop", "length" or "cancelled".
+        metrics: its latency.
+        config: every option as it was used, a drawn seed included.
+        prompt_token_ids: the prompt's ids.
+        stop_string: the stop string that ended it, or None.
+        alternatives: with beams or `num_return_sequences`, all replies, this one first; otherwise empty.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    metrics: Metrics
+    config: GenerationConfig
+    prompt_token_ids: list[int] = field(repr=False)
+    stop_string: str | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the prompt's ids as JSON-ready values."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
+            "metrics": self.metrics.to_dict(),
+            "config": self.config.given,
+            "alternatives": [
+                {"text": a.text, "token_ids": a.token_ids, "finish_reason": a.finish_reason, "score": a.score}
+                for a in self.alternatives
+            ],
+        }

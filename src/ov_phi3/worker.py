@@ -1,0 +1,199 @@
+"""One reply from request to result: what runs in a stream's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ov_phi3.backends import Backend, EngineReport, Request
+from ov_phi3.decoding import StopMatcher
+from ov_phi3.errors import Error, GenerationError
+from ov_phi3.metrics import Metrics
+from ov_phi3.results import Alternative, FinishReason, GenerationResult, StreamChunk
+from ov_phi3.stream import Channel, never_raises, now
+
+if TYPE_CHECKING:
+    from ov_phi3.tokenizer import Tokenizer
+    from ov_phi3.turns import Turns
+
+__all__ = ["Reply"]
+
+
+def first_sentence(exc: BaseException) -> str:
+    """What an engine's exception says, without the places in its sources that it passed through."""
+    lines = [line.strip() for line in str(exc).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    text = " ".join(said or lines) or type(exc).__name__
+    return text if text.endswith(".") else text + "."
+
+
+class Reply:
+    """Builds one reply from an engine's ids, and hands it to a channel.
+
+    Args:
+        request: what is asked of the engine.
+        tokenizer: makes text of ids.
+        channel: where chunks, the result or the error go.
+        requested: when the caller asked, by `stream.now`.
+        on_end: told the result, or None after a failure, before the consumer is; for who keeps a record of the conversation.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        channel: Channel,
+        requested: float,
+        on_end: Callable[[GenerationResult | None], None] | None = None,
+    ) -> None:
+        self._request = request
+        self._tokenizer = tokenizer
+        self._channel = channel
+        self._requested = requested
+        self._on_end = on_end
+        self._decoder = tokenizer.stream_decoder()
+        self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
+        self._ids: list[int] = []
+        self._texts: list[str] = []
+        self._stamps: list[float] = []
+        self._started: float | None = None
+        self._first_text: float | None = None
+        self._failure: BaseException | None = None
+        self._limit = request.config.max_new_tokens or 0
+
+    def run(self, backend: Callable[[], Backend], turns: Turns) -> None:
+        """Wait for the engine, generate, and end the channel, whatever happens."""
+        turn = turns.join()
+        self._channel.on_cancel(lambda: turns.give_up(turn))
+        try:
+            result = self._generate(backend()) if turn.wait() and not self._channel.cancelled else self._cancelled()
+        except Error as exc:
+            self._end(None, exc)
+        except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
+            error = GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
+            error.__cause__ = exc
+            self._end(None, error)
+        else:
+            self._end(result, None)
+        finally:
+            turns.leave(turn)
+
+    def _end(self, result: GenerationResult | None, error: Error | None) -> None:
+        if self._on_end is not None:
+            self._on_end(result)
+        self._channel.end(result, error)
+
+    def _generate(self, backend: Backend) -> GenerationResult:
+        self._channel.on_cancel(None)
+        self._started = now()
+        config = self._request.config
+        if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+            return self._search(backend)
+        report = backend.generate(self._request, never_raises(self._emit, self._failed))
+        if self._failure is not None:
+            raise self._failure
+        return self._finish(report)
+
+    def _failed(self, exc: BaseException) -> None:
+        self._failure = exc
+
+    def _emit(self, ids: Sequence[int]) -> bool:
+        """One step of the engine: stamp, decode, hand over. Runs in the engine's thread."""
+        if self._channel.cancelled or self._stops.matched is not None or len(self._ids) >= self._limit:
+            return False
+        stamp = now()
+        # Speculative steps can bring more tokens than were asked for.
+        step = list(ids[: self._limit - len(self._ids)])
+        self._ids += step
+        self._stamps += [stamp] * len(step)
+        text = self._stops.add(self._decoder.add(step))
+        if text:
+            self._texts.append(text)
+            if self._first_text is None:
+                self._first_text = now()
+        self._channel.put(StreamChunk(text, step))
+        return self._stops.matched is None
+
+    def _finish(self, report: EngineReport | None) -> GenerationResult:
+        if self._stops.matched is None:
+            rest = self._stops.add(self._decoder.flush()) + self._stops.flush()
+            if rest:
+                self._texts.append(rest)
+                self._first_text = self._first_text or now()
+        else:
+            rest = ""
+        reason = self._reason(report)
+        self._channel.put(StreamChunk(rest, [], reason))
+        return self._result(reason, report)
+
+    def _reason(self, report: EngineReport | None) -> FinishReason:
+        if self._stops.matched is not None:
+            return "stop"
+        if self._ids and not self._request.config.ignore_eos and self._ids[-1] in self._request.end_ids:
+            return "stop"
+        if self._channel.cancelled:
+            return "cancelled"
+        if (report is not None and report.hit_limit) or len(self._ids) >= self._limit:
+            return "length"
+        return "stop"
+
+    def _cancelled(self) -> GenerationResult:
+        """The result of a request that was cancelled before its turn came."""
+        return self._finish(None)
+
+    def _result(self, reason: FinishReason, report: EngineReport | None) -> GenerationResult:
+        metrics = Metrics.from_stamps(
+            requested=self._requested,
+            started=self._started,
+            tokens=self._stamps,
+            first_text=self._first_text,
+            ended=now(),
+            prompt_tokens=len(self._request.ids),
+            reused_tokens=report.reused_tokens if report else None,
+            engine_ttft_ms=report.ttft_ms if report else None,
+            engine_tpot_ms=report.tpot_ms if report else None,
+        )
+        return GenerationResult(
+            text="".join(self._texts),
+            token_ids=self._ids,
+            finish_reason=reason,
+            metrics=metrics,
+            config=self._request.config,
+            prompt_token_ids=self._request.ids.tolist(),
+            stop_string=self._stops.matched,
+        )
+
+    # -- several replies at once -------------------------------------------------------------------------------------
+
+    def _search(self, backend: Backend) -> GenerationResult:
+        """Beams or several samples: nothing is streamed, so the first token comes with the last."""
+        found = [self._alternative(h.ids, h.score, h.hit_limit) for h in backend.search(self._request)]
+        best, matched = found[0]
+        self._ids, self._texts = best.token_ids, [best.text]
+        self._stops.matched = matched
+        self._channel.put(StreamChunk(best.text, best.token_ids, best.finish_reason))
+        result = self._result(best.finish_reason, None)
+        return GenerationResult(
+            text=result.text,
+            token_ids=result.token_ids,
+            finish_reason=best.finish_reason,
+            metrics=Metrics.from_stamps(
+                requested=self._requested,
+                started=self._started,
+                tokens=[now()] * len(best.token_ids),
+                first_text=now(),
+                ended=now(),
+                prompt_tokens=len(self._request.ids),
+            ),
+            config=result.config,
+            prompt_token_ids=result.prompt_token_ids,
+            stop_string=matched,
+            alternatives=tuple(a for a, _ in found),
+        )
+
+    def _alternative(self, ids: list[int], score: float, hit_limit: bool) -> tuple[Alternative, str | None]:
+        config = self._request.config
+        stops = StopMatcher(config.stop or (), include=bool(config.include_stop))
+        text = stops.add(self._tokenizer.decode(ids)) + stops.flush()
+        stopped = stops.matched is not None or not hit_limit
+        return Alternative(text, ids, "stop" if stopped else "length", score), stops.matched
