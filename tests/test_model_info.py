@@ -42,7 +42,7 @@ PHI3_TOKENS = {
     32007: "<|end|>",
     32010: "<|user|>",
 }
-JUNE = "{% for message in messages %}{% if message['role'] == 'system' %}<|system|>{{message['content']}}<|end|>{% endif %}"
+JUNE = "{% for message in messages %}{% if message['role'] == 'system' %}<|system|>{{message['content']}}<|end|>"
 APRIL = "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') %}<|user|>...<|end|>{% endif %}"
 PHI35 = "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}<|end|>{% endif %}"
 
@@ -305,7 +305,8 @@ def test_all_missing_files_at_once(model: Path) -> None:
     for name in ("openvino_model.bin", "openvino_tokenizer.xml", "openvino_detokenizer.bin"):
         (model / name).unlink()
     assert (
-        fails(model, "openvino_model.bin", "openvino_tokenizer.xml", "openvino_detokenizer.bin").count(" is missing: ") == 3
+        fails(model, "openvino_model.bin", "openvino_tokenizer.xml", "openvino_detokenizer.bin").count(" is missing: ")
+        == 3
     )
 
 

@@ -1,9 +1,10 @@
 """The exported tokenizer and detokenizer graphs, opened where the library needs more than text in and text out.
 
-`openvino_tokenizer.xml` and `openvino_detokenizer.xml` are OpenVINO graphs of string operations. Two cuts are made in memory:
+`openvino_tokenizer.xml` and `openvino_detokenizer.xml` are OpenVINO graphs of string operations. Two cuts are made in
+memory:
 
-* before the tokenizer's StringTensorUnpack, because strings that pass through numpy lose their trailing NUL characters, and
-  after its BPE operation, because what follows (truncation, padding, special tokens) is not wanted;
+* before the tokenizer's StringTensorUnpack, because strings that pass through numpy lose their trailing NUL
+  characters, and after its BPE operation, because what follows (truncation, padding, special tokens) is not wanted;
 * before the detokenizer's UTF8Validate, because a single token can be part of a character, and its bytes are needed.
 """
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DetokenizerGraph", "TokenizerGraph"]
 
-# One Core for all tokenizers of the process, never freed: graphs hold operations that live in the extension library, and
-# unloading the library before the last of them is gone crashes the interpreter at exit.
+# One Core for all tokenizers of the process, never freed: graphs hold operations that live in the extension library,
+# and unloading the library before the last of them is gone crashes the interpreter at exit.
 _core: Any = None
 _core_lock = threading.Lock()
 
@@ -50,7 +51,9 @@ def _extension_library() -> Path:
         for path in sorted(Path(root, "lib").glob("*openvino_tokenizers*")):
             if path.suffix in (".so", ".dll", ".dylib"):
                 return path
-    raise ModelError("openvino_tokenizers is not installed, or its library is missing: pip install openvino-tokenizers.")
+    raise ModelError(
+        "openvino_tokenizers is not installed, or its library is missing: pip install openvino-tokenizers."
+    )
 
 
 def _read(path: Path) -> Any:
@@ -85,8 +88,8 @@ class TokenizerGraph:
 
     Attributes:
         added_tokens: text of each added (control) token -> its id.
-        byte_tokens: whether the vocabulary holds tokens named `<0x00>` to `<0xFF>` for single bytes. The graph takes such a
-            name for the token even where it stands in a text, which Hugging Face's tokenizer does not.
+        byte_tokens: whether the vocabulary holds tokens named `<0x00>` to `<0xFF>` for single bytes. The graph takes
+            such a name for the token even where it stands in a text, which Hugging Face's tokenizer does not.
         prefixes_text: whether a mark is put in front of every text (SentencePiece's "▁").
     """
 
@@ -102,7 +105,9 @@ class TokenizerGraph:
         self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
-        """The ids of each text by itself; `continues` leaves out the mark in front, for a text that goes on from another."""
+        """The ids of each text by itself; `continues` leaves out the mark in front, for a text that goes on from
+        another.
+        """
         raw = [t.encode("utf-8") for t in texts if t]
         if not raw:
             return [[] for _ in texts]  # the graph's own operations crash on an empty batch
@@ -145,7 +150,9 @@ class TokenizerGraph:
     def _bpe(self, model: Any) -> Any:
         op = _find(model, "BPETokenizer")
         if op is None:
-            raise ModelError(f"{self._path} holds no BPE tokenizer, which every Phi-3 model has. Is it another architecture?")
+            raise ModelError(
+                f"{self._path} holds no BPE tokenizer, which every Phi-3 model has. Is it another architecture?"
+            )
         return op
 
     @staticmethod

@@ -1,7 +1,7 @@
 """A conversation that keeps the exact token ids of every turn.
 
-A reply's ids are kept as they were generated and never made from text again: text decoded and encoded again can give other ids,
-and then the engine's prefix cache no longer matches.
+A reply's ids are kept as they were generated and never made from text again: text decoded and encoded again can give
+other ids, and then the engine's prefix cache no longer matches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Chat:
         message = {"role": "user", "content": text}
         with self._lock:
             if self._busy:
-                raise StreamError("the reply to the turn before is still coming; read it to its end or cancel it first.")
+                raise StreamError(
+                    "the reply to the turn before is still coming; read it to its end or cancel it first."
+                )
             prompt = self._prompt(message)
             self._busy = True
         try:
@@ -91,7 +93,9 @@ class Chat:
         return np.array(history + new, dtype=np.int64)
 
     def _end(self, message: dict[str, str], result: GenerationResult | None) -> None:
-        """Take in a turn that ended with a result; one that failed, or was cancelled before its first token, never was."""
+        """Take in a turn that ended with a result; one that failed, or was cancelled before its first token, never
+        was.
+        """
         with self._lock:
             self._busy = False
             if result is not None and result.token_ids:

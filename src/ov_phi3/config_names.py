@@ -1,7 +1,7 @@
 """The names that generation options have elsewhere: in openvino_genai, in Hugging Face's config, in OpenAI's API.
 
-One table a vocabulary. `docs/options.md` is generated from them, and a test holds them against the installed openvino_genai, so
-that a field which a new release adds cannot go unnoticed.
+One table a vocabulary. `docs/options.md` is generated from them, and a test holds them against the installed
+openvino_genai, so that a field which a new release adds cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GENAI = {
 
 GENAI_UNREACHABLE = {
     "eos_token_id": "A reply ends on all of the model's end tokens, not on one: see `pipe.info.eos_token_ids`.",
-    "apply_chat_template": "Always off: the prompt is templated here, exactly once; `Raw` and token ids are not templated.",
+    "apply_chat_template": "Always off: the prompt is templated here, exactly once; `Raw` text and ids are not.",
     "echo": "A stream holds the reply only; the prompt's ids are `result.prompt_token_ids`.",
     "logprobs": "`LLMPipeline` returns no log-probabilities per token, whatever this is set to.",
     "adapters": "Switching LoRA weights would leave a prefix cache that was computed with other weights.",
@@ -185,8 +185,8 @@ def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None
 
     Args:
         source: a dict, a `generation_config.json`, or a directory that holds one.
-        dropped: where given, keys that cannot be honoured are described in it instead of raising; for a model's own file,
-            which its user did not write.
+        dropped: where given, keys that cannot be honoured are described in it instead of raising; for a model's own
+            file, which its user did not write.
 
     Raises:
         ConfigError: an unreadable file, or a key that is unknown or would change the reply and has no counterpart.

@@ -1,7 +1,7 @@
 """Token ids to text as they arrive: only whole characters, no piece of a stop string, nothing lost.
 
-Both classes here are pure and take constant time per token: `add` what is new, `flush` at the end. What they give, put together,
-is what the full decode gives.
+Both classes here are pure and take constant time per token: `add` what is new, `flush` at the end. What they give,
+put together, is what the full decode gives.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ __all__ = ["StopMatcher", "StreamDecoder"]
 class StreamDecoder:
     """Decodes a growing list of ids.
 
-    Bytes that are not a whole character yet wait for the next token. Bytes that can never become one turn into U+FFFD as in
-    Python's and Unicode's recommended practice (Unicode 16, section 3.9, "maximal subparts").
+    Bytes that are not a whole character yet wait for the next token. Bytes that can never become one turn into U+FFFD
+    as in Python's and Unicode's recommended practice (Unicode 16, section 3.9, "maximal subparts").
 
     Args:
         token_bytes: an id's bytes.
@@ -48,8 +48,8 @@ class StreamDecoder:
 class StopMatcher:
     """Holds text back while it may be the beginning of a stop string.
 
-    The stop string that is complete first ends the text, whatever pieces the text came in; of two that end together, the
-    one that began first.
+    The stop string that is complete first ends the text, whatever pieces the text came in; of two that end together,
+    the one that began first.
 
     Attributes:
         matched: the stop string that was found, or None.

@@ -2,9 +2,9 @@
 
 ::
 
-    Error
-    ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another architecture
-    ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
+Error:
+    ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another
+    architecture ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
     ├── ExportError           (RuntimeError)  optimum-cli is missing or failed, or its result is not usable
     ├── ConfigError           (ValueError)    an option is unknown, out of range, or contradicts another
     ├── TemplateError         (ValueError)    messages that the chat layout cannot hold
@@ -15,8 +15,8 @@
     ├── SnapshotError         (ValueError)    a saved KV cache cannot be used
     └── ClosedError           (RuntimeError)  the pipeline was closed
 
-Each also derives from the built-in exception a caller would guess. An argument of a wrong *type* is a plain `TypeError`.
-A message names the value that was wrong, what was expected, and what to do about it.
+Each also derives from the built-in exception a caller would guess. An argument of a wrong *type* is a plain
+`TypeError`. A message names the value that was wrong, what was expected, and what to do about it.
 """
 
 from __future__ import annotations

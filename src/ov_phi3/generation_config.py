@@ -1,7 +1,8 @@
 """How a reply is generated: one frozen, validated record, and its way to `openvino_genai.GenerationConfig`.
 
-A field that is None was *not given*: the model's own `generation_config.json` decides, then the default in the table below.
-`resolve()` fills everything in, and the filled record is on every result, so what was really used can always be read.
+A field that is None was *not given*: the model's own `generation_config.json` decides, then the default in the table
+below. `resolve()` fills everything in, and the filled record is on every result, so what was really used can always
+be read.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ _BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_n
 _STRUCTURED = ("json_schema", "regex", "grammar")
 _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 
-# Bounds as openvino_genai's GenerationConfig::validate() has them, checked here so that the message is ours and comes first.
+# Bounds as openvino_genai's GenerationConfig::validate() has them, checked here so that the message is ours and comes
+# first.
 _INTEGERS = {
     "max_new_tokens": (1, None),
     "max_length": (2, None),
@@ -77,7 +79,12 @@ _NUMBERS = {
     "assistant_confidence_threshold": (0.0, 1.0),
 }
 _BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
-_EXCLUSIVE_BOUNDS = {"top_p": "low", "min_p": "high", "repetition_penalty": "low", "assistant_confidence_threshold": "low"}
+_EXCLUSIVE_BOUNDS = {
+    "top_p": "low",
+    "min_p": "high",
+    "repetition_penalty": "low",
+    "assistant_confidence_threshold": "low",
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class GenerationConfig:
     assistant_confidence_threshold: float | None = None
     max_ngram_size: int | None = None
 
-    def __new__(cls, *_: object, **options: object) -> GenerationConfig:
+    def __new__(cls, *_: object, **options: object) -> GenerationConfig:  # noqa: D102 - __init__ with our error
         check_names(options)
         return object.__new__(cls)
 
@@ -291,7 +298,9 @@ class GenerationConfig:
         if self.max_new_tokens is not None and self.max_length is not None:
             raise _contradiction(self._show("max_new_tokens"), self._show("max_length"), "give one of them")
         if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
-            raise _contradiction(self._show("min_new_tokens"), self._show("max_new_tokens"), "the least is above the most")
+            raise _contradiction(
+                self._show("min_new_tokens"), self._show("max_new_tokens"), "the least is above the most"
+            )
         groups, wanted = self.num_beam_groups or 1, self.num_return_sequences or 1
         if beams % groups:
             raise _contradiction(f"num_beams={beams}", f"num_beam_groups={groups}", "the groups must divide the beams")
@@ -300,7 +309,9 @@ class GenerationConfig:
         if wanted > 1 and beams == 1 and self._samples() is False:
             raise _contradiction(f"num_return_sequences={wanted}", "greedy", "greedy replies are all the same")
         if beams > 1 and wanted > beams:
-            raise _contradiction(f"num_return_sequences={wanted}", f"num_beams={beams}", "there are not that many beams")
+            raise _contradiction(
+                f"num_return_sequences={wanted}", f"num_beams={beams}", "there are not that many beams"
+            )
 
     def _show(self, name: str) -> str:
         return f"{name}={getattr(self, name)!r}"

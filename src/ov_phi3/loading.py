@@ -1,4 +1,6 @@
-"""`load`: from a model directory to a `Pipeline`, checking everything on the way that can be known before the first token."""
+"""`load`: from a model directory to a `Pipeline`, checking everything on the way that can be known before the first
+token.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,6 @@ class LoadReport:
     cache_dir: Path | None
     ov_config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
-
 
 
 def load(
@@ -249,7 +250,7 @@ def _template_doubts(engine: Backend, template: ChatTemplate, source: str | None
         theirs = engine.render(source, messages)
         if theirs is not None and theirs != ours:
             return [
-                f"the {template.name} layout differs from the model's own chat template. The layout gives {ours!r}, the "
-                f"model's template {theirs!r}. Pass load(template=...) with the right one."
+                f"the {template.name} layout differs from the model's own chat template: the layout gives {ours!r}, "
+                f"the model's template {theirs!r}. Pass load(template=...) with the right one."
             ]
     return []

@@ -1,8 +1,8 @@
 """What the latency figures of a reply mean, computed from raw timestamps.
 
-Two clocks are kept apart. The *engine* clock is the one of `openvino_genai`: it starts inside `generate` and stamps a token
-before it is decoded or handed out. Ours starts when the request is made and stamps a token when it reaches the consumer's
-side, so it also holds what comes between: waiting for another request, tokenization and the callback.
+Two clocks are kept apart. The *engine* clock is the one of `openvino_genai`: it starts inside `generate` and stamps a
+token before it is decoded or handed out. Ours starts when the request is made and stamps a token when it reaches the
+consumer's side, so it also holds what comes between: waiting for another request, tokenization and the callback.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ class Metrics:
     Attributes:
         prompt_tokens: length of the prompt.
         generated_tokens: length of the reply, end token included.
-        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where the engine does not tell.
+        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where the engine does not
+            tell.
         ttft_ms: time to first token, from the request to the first token id (None if there was none).
         first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` where the first tokens
             are half a character or may begin a stop string.
-        tpot_ms: time per output token, (last token - first token) / (tokens - 1), the definition of vLLM's serving benchmark;
-            None for fewer than two tokens.
+        tpot_ms: time per output token, (last token - first token) / (tokens - 1), the definition of vLLM's serving
+            benchmark; None for fewer than two tokens.
         total_ms: from the request to the end.
         queue_ms: the part of `ttft_ms` spent waiting for earlier requests on the same pipeline.
         token_times_ms: when each token came, counted from the request. Tokens that came in one step have one time.

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3.backends import Backend, Request
 from ov_phi3.chat import Chat
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ov_phi3.loading import LoadReport
     from ov_phi3.model_info import ModelInfo
 
-    Prompt = Union[str, Raw, Sequence[Message], Sequence[int], NDArray[np.integer[Any]]]
+    Prompt: TypeAlias = str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
 
 __all__ = ["Pipeline"]
 

@@ -1,13 +1,15 @@
 """A reply while it is being generated: a worker thread at one end, a sync or async consumer at the other.
 
-The engine runs in a thread of its own, so that Ctrl-C and event loops keep working in the consumer's. The two ends meet in a
-`Channel` only. The thread never holds the `TokenStream`, so a stream that nobody holds any more cancels itself.
+The engine runs in a thread of its own, so that Ctrl-C and event loops keep working in the consumer's. The two ends
+meet in a `Channel` only. The thread never holds the `TokenStream`, so a stream that nobody holds any more cancels
+itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import sys
 import threading
 import time
@@ -22,7 +24,8 @@ from ov_phi3.results import GenerationResult, StreamChunk
 
 __all__ = ["Channel", "TokenStream"]
 
-# On Windows a thread that waits on a lock does not see Ctrl-C until the wait ends, so the wait is cut into pieces there.
+# On Windows a thread that waits on a lock does not see Ctrl-C until the wait ends, so the wait is cut into pieces
+# there.
 _WAIT = 0.1 if sys.platform == "win32" else None
 
 
@@ -126,7 +129,9 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def start_worker(channel: Channel, work: Callable[[], None]) -> threading.Thread:
-    """Run `work` in a thread that ends with the interpreter: it is cancelled and joined before the engine is torn down."""
+    """Run `work` in a thread that ends with the interpreter: it is cancelled and joined before the engine is torn
+    down.
+    """
     # A daemon, as the interpreter would otherwise wait for the whole reply before it runs any exit handler.
     thread = threading.Thread(target=work, name="ov_phi3-stream", daemon=True)
     _running.add(channel)
@@ -222,8 +227,8 @@ class TokenStream:
     def _read_once(self, reader: str) -> None:
         if self._read_by is not None:
             raise StreamError(
-                f"the stream was already read by {self._read_by}; its chunks come once. Use stream.result for the whole "
-                "reply, or start another stream."
+                f"the stream was already read by {self._read_by}; its chunks come once. Use stream.result for the "
+                "whole reply, or start another stream."
             )
         self._read_by = reader
 
@@ -290,7 +295,9 @@ class _AsyncChunks:
 
 
 async def _next_change(channel: Channel, *, ended: bool = False) -> None:
-    """Wait in the event loop until the channel has a chunk or has ended; with `ended`, chunks that wait do not count."""
+    """Wait in the event loop until the channel has a chunk or has ended; with `ended`, chunks that wait do not
+    count.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
@@ -299,10 +306,8 @@ async def _next_change(channel: Channel, *, ended: bool = False) -> None:
             future.set_result(None)
 
     def from_worker() -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(wake)
-        except RuntimeError:
-            pass  # the loop was closed; nobody waits any more
 
     if channel.listen(from_worker, for_end=ended):
         await future

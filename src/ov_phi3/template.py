@@ -1,11 +1,11 @@
 """Phi-3 chat layouts: messages in, control tokens and text out.
 
-A layout turns messages into *segments*, each of them either a control token (`<|user|>`) or text. The tokenizer encodes the
-two kinds differently, which is what keeps user text from ever becoming a control token; joined together they are the string
-that the model's own `chat_template` gives.
+A layout turns messages into *segments*, each of them either a control token (`<|user|>`) or text. The tokenizer
+encodes the two kinds differently, which is what keeps user text from ever becoming a control token; joined together
+they are the string that the model's own `chat_template` gives.
 
-The layouts are those of the published models' `tokenizer_config.json`: Phi-3-mini-4k-instruct of April 2024 and its later
-revision (which added the system turn), Phi-3.5-mini-instruct, Phi-4-mini-instruct and Phi-4.
+The layouts are those of the published models' `tokenizer_config.json`: Phi-3-mini-4k-instruct of April 2024 and its
+later revision (which added the system turn), Phi-3.5-mini-instruct, Phi-4-mini-instruct and Phi-4.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ Message = Mapping[str, Any]
 
 
 class Raw(str):
-    """Text whose control tokens are meant: `Raw("<|user|>Hi<|end|><|assistant|>")` is parsed, never templated or escaped."""
+    """Text whose control tokens are meant: `Raw("<|user|>Hi<|end|><|assistant|>")` is parsed, never templated or
+    escaped.
+    """
 
     __slots__ = ()
 
@@ -48,8 +50,8 @@ class Segment(NamedTuple):
 class ChatTemplate:
     """How one model family lays out a chat.
 
-    Use a named constructor (`phi3()`, `phi3_april_2024()`, `phi35()`, `phi4_mini()`, `phi4()`), or `for_model(directory)`,
-    which picks the one that the directory's own `chat_template` describes.
+    Use a named constructor (`phi3()`, `phi3_april_2024()`, `phi35()`, `phi4_mini()`, `phi4()`), or
+    `for_model(directory)`, which picks the one that the directory's own `chat_template` describes.
 
     Attributes:
         name: the constructor's name.
@@ -180,8 +182,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as one string, equal to what the model's own `chat_template` gives.
 
-        For reading and for comparing. Encode messages with `Tokenizer.encode_messages`, not by encoding this string: here
-        text that looks like a control token can no longer be told from one.
+        For reading and for comparing. Encode messages with `Tokenizer.encode_messages`, not by encoding this string:
+        here text that looks like a control token can no longer be told from one.
 
         Raises:
             TemplateError: as `segments`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer"]
 
-# Unicode's White_Space property, which is what the tokenizers' own rstrip and lstrip go by; str.strip() would also take the
-# four separators U+001C to U+001F.
-_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+# Unicode's White_Space property, which is what the tokenizers' own rstrip and lstrip go by; str.strip() would also
+# take the four separators U+001C to U+001F.
+_WHITE_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
+    "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 
 _MARK = "\u2581"
 
@@ -68,7 +72,9 @@ class Tokenizer:
         self._read_stripping()
 
     def __repr__(self) -> str:
-        return f"<Tokenizer {self.vocab_size} ids, {len(self.control_tokens)} control tokens, {self.template.name} layout>"
+        return (
+            f"<Tokenizer {self.vocab_size} ids, {len(self.control_tokens)} control tokens, {self.template.name} layout>"
+        )
 
     # -- to ids ------------------------------------------------------------------------------------------------------
 
@@ -88,9 +94,7 @@ class Tokenizer:
             return self.encode_segments([Segment(p, bool(i % 2)) for i, p in enumerate(pieces) if p])
         return self.encode_segments([Segment(text, False)])
 
-    def encode_messages(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> NDArray[np.int64]:
+    def encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> NDArray[np.int64]:
         """Token ids of a chat, shape [tokens], laid out by `template`.
 
         For messages without control-token text these are exactly the ids of the rendered string.
@@ -120,7 +124,9 @@ class Tokenizer:
         return np.array(out, dtype=np.int64)
 
     def _joined(self, segments: Iterable[Segment]) -> tuple[list[int | None], list[str]]:
-        """The segments as pairs of a control token and the text behind it, white space swallowed as the tokenizer does."""
+        """The segments as pairs of a control token and the text behind it, white space swallowed as the tokenizer
+        does.
+        """
         controls: list[int | None] = [None]
         texts = [""]
         for text, is_control in segments:
@@ -129,8 +135,8 @@ class Tokenizer:
                 continue
             if text not in self.control_tokens:
                 raise TemplateError(
-                    f"this model's tokenizer has no control token {text!r}, which the {self.template.name} layout needs; "
-                    f"it has {sorted(self.control_tokens)}. Give load() the template that fits."
+                    f"this model's tokenizer has no control token {text!r}, which the {self.template.name} layout "
+                    f"needs; it has {sorted(self.control_tokens)}. Give load() the template that fits."
                 )
             token_id = self.control_tokens[text]
             if token_id in self._lstrip:
@@ -152,7 +158,9 @@ class Tokenizer:
         return not self._control_ids.isdisjoint(ids) or self._hazard.search(text) is not None
 
     def _encode_guarded(self, text: str) -> list[int]:
-        """Ids of a text that names control tokens, each name cut behind its first character so that it is not seen whole."""
+        """Ids of a text that names control tokens, each name cut behind its first character so that it is not seen
+        whole.
+        """
         cuts = [m.start() + 1 for m in self._hazard.finditer(text)]
         out = self._encode_cut(text, cuts)
         if not self._control_ids.isdisjoint(out):
@@ -164,7 +172,7 @@ class Tokenizer:
 
     def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
         bounds = [0, *cuts, len(text)]
-        pieces = [p for a, b in zip(bounds, bounds[1:], strict=False) if a < b for p in self._around_marks(text[a:b])]
+        pieces = [p for a, b in pairwise(bounds) if a < b for p in self._around_marks(text[a:b])]
         plain = ["" if self._mark and p == _MARK else p for p in pieces]
         encoded = self._graph.encode(plain[:1]) + self._graph.encode(plain[1:], continues=True)
         marked = [self._mark if p == _MARK and self._mark else ids for p, ids in zip(pieces, encoded, strict=True)]
@@ -243,6 +251,6 @@ def _check_encodable(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:
         raise PromptError(
-            f"the text holds a lone surrogate, {text[exc.start]!r} at character {exc.start}, which is half a character. "
-            "Decode the bytes it came from with errors='replace'."
+            f"the text holds a lone surrogate, {text[exc.start]!r} at character {exc.start}, which is half a "
+            "character. Decode the bytes it came from with errors='replace'."
         ) from exc

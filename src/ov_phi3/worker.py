@@ -35,7 +35,8 @@ class Reply:
         tokenizer: makes text of ids.
         channel: where chunks, the result or the error go.
         requested: when the caller asked, by `stream.now`.
-        on_end: told the result, or None after a failure, before the consumer is; for who keeps a record of the conversation.
+        on_end: told the result, or None after a failure, before the consumer is; for who keeps a record of the
+            conversation.
     """
 
     def __init__(

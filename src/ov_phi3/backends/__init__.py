@@ -74,7 +74,9 @@ class Backend(Protocol):
         ...
 
     def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """What a Jinja chat template gives for messages and a generation prompt; None where the engine cannot run it."""
+        """What a Jinja chat template gives for messages and a generation prompt; None where the engine cannot run
+        it.
+        """
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """`openvino_genai.LLMPipeline` as a backend: encoded ids in, ids out, nothing of its text handling used.
 
-Its own templating, stop strings and text streaming are left off: the prompt arrives as ids, so that what is in its prefix cache
-is known id by id, and text is made on this side of the callback.
+Its own templating, stop strings and text streaming are left off: the prompt arrives as ids, so that what is in its
+prefix cache is known id by id, and text is made on this side of the callback.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class LLMPipelineBackend:
 
 @functools.cache
 def _streamer_class() -> Any:
-    """A StreamerBase whose `write` hands every step's ids to an `Emit`; made on first use, as its base needs the engine."""
+    """A StreamerBase whose `write` hands every step's ids to an `Emit`; made on first use, as its base needs the
+    engine.
+    """
     import openvino_genai
 
     running = openvino_genai.StreamingStatus.RUNNING

