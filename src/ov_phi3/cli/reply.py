@@ -1,0 +1,164 @@
+"""`ov-phi3 generate` and `ov-phi3 chat`: replies that stream into the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ov_phi3 import generation_config
+from ov_phi3.cli import terminal
+from ov_phi3.generation_config import GenerationConfig
+
+if TYPE_CHECKING:
+    from ov_phi3.results import GenerationResult
+    from ov_phi3.stream import TokenStream
+
+__all__ = ["add_chat", "add_generate"]
+
+_HELP = "Commands: /quit leaves, /reset starts over, /help shows this. Ctrl-C stops a reply, Ctrl-D leaves."
+
+
+def add_generate(commands: Any) -> None:
+    """Add the `generate` command."""
+    parser = commands.add_parser("generate", help="one reply to one prompt", description="One reply to one prompt.")
+    terminal.add_load_arguments(parser)
+    parser.add_argument("prompt", nargs="?", default="-", help="the prompt; - or nothing reads standard input")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--raw", action="store_true", help="the prompt is laid out already: parse its control tokens")
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON instead of streaming text")
+    _add_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def add_chat(commands: Any) -> None:
+    """Add the `chat` command."""
+    parser = commands.add_parser("chat", help="a conversation", description=f"A conversation. {_HELP}")
+    terminal.add_load_arguments(parser)
+    parser.add_argument("--system", help="a system message")
+    _add_options(parser)
+    parser.set_defaults(run=_chat)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """One flag for every option of a reply that a flag can hold, with the help of the library's own docstring."""
+    group = parser.add_argument_group("generation options (default: the model's own)")
+    about = dict(re.findall(r"^        (\w+): (.+)", GenerationConfig.__doc__ or "", re.MULTILINE))
+    for name in GenerationConfig.__dataclass_fields__:
+        flag = "--" + name.replace("_", "-")
+        text = about.get(name, "").rstrip(".;").replace("%", "%%")
+        if name in generation_config.BOOLEANS:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif name == "stop":
+            group.add_argument(flag, action="append", metavar="TEXT", help=text + "; can be given several times")
+        elif name == "stop_token_ids":
+            group.add_argument(flag, type=int, nargs="+", metavar="ID", help=text)
+        else:
+            kind: Any = str
+            if name in generation_config.INTEGERS:
+                kind = int
+            elif name in generation_config.NUMBERS:
+                kind = float
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(flag, type=kind, metavar=metavar, help=text)
+
+
+def _options(args: argparse.Namespace) -> GenerationConfig:
+    return GenerationConfig(**{name: getattr(args, name) for name in GenerationConfig.__dataclass_fields__})
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import ov_phi3
+
+    config = _options(args)  # before the model is loaded: a wrong option should not take seconds to be told
+    if args.raw and args.system is not None:
+        raise ov_phi3.ConfigError("--raw and --system contradict each other: a raw prompt has its own system turn.")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt: Any = ov_phi3.Raw(text) if args.raw else text
+    if args.system is not None:
+        prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
+    with terminal.load(args) as pipe:
+        if args.json:
+            result = pipe.generate(prompt, config)
+            report = {**result.to_dict(), "device": pipe.device.name, "device_name": pipe.device.full_name}
+            print(json.dumps(report, indent=2))
+            return 0
+        if pipe_streams(config):
+            result, interrupted = _show(pipe.stream(prompt, config))
+        else:
+            result, interrupted = pipe.generate(prompt, config), False
+            print(result.text)
+        terminal.note(_latency(result))
+    return 130 if interrupted else 0
+
+
+def pipe_streams(config: GenerationConfig) -> bool:
+    """Whether a reply with these options can be streamed."""
+    return (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
+
+
+def _chat(args: argparse.Namespace) -> int:
+    config = _options(args)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() a history and line editing
+    with terminal.load(args) as pipe:
+        terminal.note(_HELP)
+        chat = pipe.chat(system=args.system)
+        while (text := _ask()) is not None:
+            if text == "/quit":
+                break
+            if text == "/reset":
+                chat = pipe.chat(system=args.system)
+                terminal.note("A new conversation.")
+            elif text.startswith("/"):
+                terminal.note(_HELP if text == "/help" else f"{text.split()[0]} is no command. {_HELP}")
+            elif text:
+                _turn(chat, text, config)
+    return 0
+
+
+def _ask() -> str | None:
+    """The next message, or None when there are no more; Ctrl-C only clears the line."""
+    while True:
+        try:
+            return input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            terminal.note("Ctrl-D or /quit leaves.")
+        except EOFError:
+            print()
+            return None
+
+
+def _turn(chat: Any, text: str, config: GenerationConfig) -> None:
+    """One turn; what goes wrong in it ends the turn and not the chat."""
+    from ov_phi3.errors import Error
+
+    try:
+        result, _ = _show(chat.stream(text, config))
+        terminal.note(_latency(result))
+    except Error as exc:
+        terminal.note(f"{type(exc).__name__}: {exc}")
+
+
+def _show(stream: TokenStream) -> tuple[GenerationResult, bool]:
+    """Print a reply as it comes; Ctrl-C stops the reply, and what came of it is the result."""
+    interrupted = False
+    with stream:
+        try:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+            stream.cancel()
+        print(flush=True)
+        return stream.result, interrupted
+
+
+def _latency(result: GenerationResult) -> str:
+    """The line of latency under a reply."""
+    ended = {"length": "; ended at its length limit", "cancelled": "; stopped"}.get(result.finish_reason, "")
+    return f"[{result.metrics}{ended}]"

@@ -1,0 +1,85 @@
+"""What a person sees: notes on stderr, dimmed where the terminal can, so that stdout is the reply and nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ov_phi3.pipeline import Pipeline
+
+__all__ = ["add_load_arguments", "dim", "load", "note"]
+
+
+def dim(text: str) -> str:
+    """The text, dimmed if stderr is a terminal that wants it (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+def note(text: str, *, end: str = "\n") -> None:
+    """A line for the person, not for a program."""
+    print(dim(text), end=end, file=sys.stderr, flush=True)
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every command which loads a model takes."""
+    parser.add_argument("model", type=Path, help="directory of an exported model")
+    parser.add_argument(
+        "--device",
+        default="AUTO",
+        help="AUTO (a discrete GPU, else any GPU, else the CPU) or exactly one, such as GPU.0 (default: %(default)s)",
+    )
+    parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
+    parser.add_argument("--kv-cache-gb", type=float, metavar="GIB", help="most memory for the KV cache")
+    parser.add_argument(
+        "--ov-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an OpenVINO property, laid over the latency defaults; can be given several times",
+    )
+
+
+def properties(pairs: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` arguments as a dict; True and False become booleans."""
+    from ov_phi3.errors import ConfigError
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--ov-config {pair!r}; expected KEY=VALUE.")
+        out[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return out
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    """Load the model, telling which device it went to."""
+    import ov_phi3
+
+    watched = sys.stderr.isatty()
+    if watched:
+        note(f"Loading {args.model} ...", end="")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ov_phi3.ModelWarning)
+        try:
+            pipe = ov_phi3.load(
+                args.model,
+                args.device,
+                ov_config=properties(args.ov_config) or None,
+                context_length=args.context_length,
+                kv_cache_gb=args.kv_cache_gb,
+            )
+        finally:
+            if watched:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
+    for warning in caught:
+        note(f"warning: {warning.message}")
+    return pipe

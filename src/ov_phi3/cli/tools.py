@@ -1,0 +1,197 @@
+"""`ov-phi3 export`, `bench`, `devices` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ov_phi3.cli import terminal
+from ov_phi3.errors import ConfigError
+
+__all__ = ["add_bench", "add_devices", "add_doctor", "add_export"]
+
+
+def add_export(commands: Any) -> None:
+    """Add the `export` command."""
+    parser = commands.add_parser(
+        "export",
+        help="convert a model with optimum-cli",
+        description="Convert a model with optimum-cli, check the result and note how it was made. Any other flag of "
+        "`optimum-cli export openvino` can be added, e.g. --group-size 64 --awq.",
+    )
+    parser.add_argument(
+        "source", help="a local directory, or a Hugging Face name such as microsoft/Phi-3-mini-4k-instruct"
+    )
+    parser.add_argument("output", type=Path, help="directory to make")
+    parser.add_argument("--recipe", default="int4", help="int4 (the cookbook's), int4-max, int8, fp16 or fp32")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the source brings along")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print what was exported as JSON")
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    import ov_phi3
+
+    info = ov_phi3.export(
+        args.source,
+        args.output,
+        recipe=args.recipe,
+        trust_remote_code=args.trust_remote_code,
+        overwrite=args.overwrite,
+        progress=terminal.note,
+        **_flags(args.extra),
+    )
+    if args.json:
+        print(json.dumps(info.to_dict(), indent=2))
+    else:
+        print(f"{info.path}: {info.family}, {info.quantization}, {info.weight_bytes / 2**20:.0f} MiB of weights")
+    return 0
+
+
+def _flags(extra: Sequence[str]) -> dict[str, Any]:
+    """Flags that are not ours, as keyword arguments: `--group-size 64 --awq` is `group_size=64, awq=True`."""
+    out: dict[str, Any] = {}
+    name = ""
+    for item in extra:
+        if item.startswith("--"):
+            name, equals, value = item[2:].partition("=")
+            name = name.replace("-", "_")
+            out[name] = _number(value) if equals else True
+        elif not name or out[name] is not True:
+            raise ConfigError(f"unexpected argument {item!r}; flags for optimum-cli look like --group-size 64.")
+        else:
+            out[name] = _number(item)
+    return out
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def add_bench(commands: Any) -> None:
+    """Add the `bench` command."""
+    parser = commands.add_parser(
+        "bench",
+        help="first-token and per-token latency",
+        description="First-token (TTFT) and per-token (TPOT) latency, medians over fresh prompts of exact lengths.",
+    )
+    terminal.add_load_arguments(parser)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256], metavar="N", help="prompt lengths")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, metavar="N", help="tokens per reply (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="replies per length (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print every sample as JSON")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ov_phi3.measurement import measure
+
+    with terminal.load(args) as pipe:
+        warmup = pipe.warmup()
+        found = measure(pipe, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, repeat=args.repeat)
+        if args.json:
+            report = {
+                "device": asdict(pipe.device),
+                "model": str(pipe.info.path),
+                "load_ms": pipe.load_report.total_ms,
+                "warmup_ms": warmup,
+                "measurements": [m.to_dict() for m in found],
+            }
+            print(json.dumps(report, indent=2))
+            return 0
+        rows = [("prompt tokens", "TTFT ms", "TPOT ms", "tokens/s", "total ms")]
+        for m in found:
+            tpot = (f"{m.tpot_ms:.1f}", f"{1000 / m.tpot_ms:.1f}") if m.tpot_ms else ("-", "-")
+            rows.append((str(m.prompt_tokens), f"{m.ttft_ms:.0f}", *tpot, f"{m.total_ms:.0f}"))
+        print(_table(rows))
+        print(
+            f"medians of {args.repeat} replies of {args.new_tokens} tokens, forced length, no cached prompt; "
+            f"load {pipe.load_report.total_ms / 1000:.1f} s, first inference {warmup:.0f} ms"
+        )
+    return 0
+
+
+def add_devices(commands: Any) -> None:
+    """Add the `devices` command."""
+    parser = commands.add_parser("devices", help="the devices here", description="The devices that OpenVINO sees here.")
+    parser.add_argument("--json", action="store_true", help="print everything known about them as JSON")
+    parser.set_defaults(run=_devices)
+
+
+def _devices(args: argparse.Namespace) -> int:
+    import ov_phi3
+
+    found = ov_phi3.devices()
+    if args.json:
+        print(json.dumps([asdict(d) for d in found], indent=2))
+    else:
+        print(_table([(d.name, d.full_name, _kind(d)) for d in found]))
+    return 0
+
+
+def _kind(device: Any) -> str:
+    if device.kind != "GPU":
+        return str(device.kind)
+    return {True: "discrete GPU", False: "integrated GPU"}.get(device.discrete, "GPU")
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the `doctor` command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what works here, what does not, and what to do",
+        description="Check versions, devices, drivers, permissions, memory and a model. Exit code 1 if one fails.",
+    )
+    parser.add_argument("model", type=Path, nargs="?", help="directory of an exported model, to check it too")
+    parser.add_argument("--device", default="AUTO", help="the device that is meant to run it (default: %(default)s)")
+    parser.add_argument(
+        "--canary", action=argparse.BooleanOptionalAction, help="run a short greedy reply (default: yes)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from ov_phi3.doctor import diagnose, worst
+
+    checks = diagnose(args.model, args.device, canary=args.canary)
+    if args.json:
+        print(json.dumps([asdict(c) for c in checks], indent=2))
+    else:
+        for check in checks:
+            print(f"{check.status:8} {check.name}: {check.detail}")
+            if check.fix:
+                print(f"{'':8} -> {check.fix}")
+    if worst(checks) != "error":
+        return 0
+    failed = [c.name for c in checks if c.status == "error"]
+    print(f"ov-phi3: {len(failed)} check(s) failed: {', '.join(failed)}", file=sys.stderr)
+    return 1
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows in columns, numbers to the right."""
+    table = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    numeric = [all(_is_number(row[i]) for row in table[1:]) and len(table) > 1 for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit() or text == "-"
