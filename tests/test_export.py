@@ -27,7 +27,7 @@ from ov_phi3._model.files import UNFINISHED
 from ov_phi3.errors import ConfigError, ExportError, ModelError
 from ov_phi3.model_info import MANIFEST, ModelInfo
 
-module = importlib.import_module("ov_phi3.export")  # the attribute of this name is the function
+module = importlib.import_module("ov_phi3.exporter")
 export = module.export
 
 needs_exporter = pytest.mark.skipif(
@@ -161,7 +161,7 @@ def test_real_export(exported: tuple[Path, list[ProgressLine]], tiny: Path) -> N
 @needs_exporter
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import importlib, sys; importlib.import_module('ov_phi3.export')\n"
+        "import importlib, sys; importlib.import_module('ov_phi3.exporter')\n"
         "print({'torch', 'transformers', 'optimum', 'nncf', 'numpy', 'openvino'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -360,7 +360,7 @@ def test_exporter_not_installed(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 KILLABLE = """
 import importlib, sys
-module = importlib.import_module("ov_phi3.export")
+module = importlib.import_module("ov_phi3.exporter")
 module._check_installed = lambda flags: None
 module._OPTIMUM_CLI = '''
 import threading
@@ -383,15 +383,18 @@ def test_killed_export_leaves_nothing(hf: Path, tmp_path: Path, how: str) -> Non
     os.mkfifo(fifo)
     command = [sys.executable, "-c", KILLABLE.format(fifo=str(fifo)), str(hf), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        with fifo.open() as alive:
+        try:
             assert process.stdout is not None
-            assert any(line == "half written\n" for line in process.stdout)
-            (half,) = tmp_path.glob(".out.*/model")
-            with pytest.raises(ModelError, match="has not finished"):
-                ModelInfo.from_dir(half)
-            process.send_signal(getattr(signal, how))
-            assert alive.read() == ""  # until the child has gone, which holds the other end
-        process.communicate()
+            with fifo.open() as alive:
+                assert any(line == "half written\n" for line in process.stdout)
+                (half,) = tmp_path.glob(".out.*/model")
+                with pytest.raises(ModelError, match="has not finished"):
+                    ModelInfo.from_dir(half)
+                process.send_signal(getattr(signal, how))
+                assert alive.read() == ""  # until the child has gone, which holds the other end
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode != 0
     nothing_left(tmp_path, "hf", "fifo")
 

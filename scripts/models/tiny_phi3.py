@@ -1,8 +1,9 @@
-"""Build a small random Phi-3 with the real Phi-3 tokenizer, so that its ids (32000 to 32010 among them) are tested for real.
+"""Build a small random Phi-3 with the real Phi-3 tokenizer, so that its ids (32000 to 32010 among them) are tested for
+real.
 
-The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution; special tokens, chat template and
-ids are those published with microsoft/Phi-3-mini-4k-instruct. The weights are noise, drawn wide enough that greedy replies
-vary with the prompt. Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
+The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution; special tokens, chat
+template and ids are those published with microsoft/Phi-3-mini-4k-instruct. The weights are noise, drawn wide enough
+that greedy replies vary with the prompt. Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SEPARATOR = "\n__ggml_vocab_test__\n"
 
 VOCAB_SIZE = 32064  # rows of the embedding; the tokenizer has 32011 tokens
 SPM_SIZE = 32000  # tokens of the Llama vocabulary, before the added ones
-# What each kind of matrix multiplies its input by, about: of the order of one, so that attention and MLP have a say. With the
-# usual 0.02 a model this small repeats the last token for ever.
+# What each kind of matrix multiplies its input by, about: of the order of one, so that attention and MLP have a say.
+# With the usual 0.02 a model this small repeats the last token for ever.
 GAIN = 1.2
 
 
@@ -64,7 +65,9 @@ def vectors(downloads: Path | None = None) -> list[dict[str, Any]]:
 
 
 def vocabulary(downloads: Path | None = None) -> tuple[list[str], list[float]]:
-    """Return the real tokens and their scores, in the order of ids; the padding of the embedding to a round size is left out."""
+    """Return the real tokens and their scores, in the order of ids; the padding of the embedding to a round size is
+    left out.
+    """
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -80,9 +83,9 @@ def vocabulary(downloads: Path | None = None) -> tuple[list[str], list[float]]:
 def merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """Return the BPE merges of a SentencePiece vocabulary.
 
-    Each way to cut a token into two others is a merge. The higher the score of the whole, the sooner it is merged (ids do not
-    tell: runs of spaces have low ids and the lowest scores), and of its cuts the one with the longest left part goes first.
-    Bytes and control tokens are not made of others.
+    Each way to cut a token into two others is a merge. The higher the score of the whole, the sooner it is merged (ids
+    do not tell: runs of spaces have low ids and the lowest scores), and of its cuts the one with the longest left part
+    goes first. Bytes and control tokens are not made of others.
     """
     ordinary = {
         token: score
@@ -99,7 +102,8 @@ def merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
 def added_tokens(tokens: list[str]) -> list[AddedToken]:
     """Return the added tokens with the flags they are published with.
 
-    ``rstrip`` makes a token swallow the white space after it; ``</s>`` is an ordinary token for everyone who skips special ones.
+    ``rstrip`` makes a token swallow the white space after it; ``</s>`` is an ordinary token for everyone who skips
+    special ones.
     """
     from tokenizers import AddedToken
 
@@ -132,7 +136,7 @@ def tokenizer(downloads: Path | None = None) -> Tokenizer:
 
 
 def tokenizer_config(context: int) -> dict[str, Any]:
-    """Return ``tokenizer_config.json``; only the class is not the published one, which is rebuilt from a file we lack."""
+    """Return ``tokenizer_config.json``; only the class is not the published one, which needs a file we lack."""
     return {
         "add_bos_token": False,
         "add_eos_token": False,
@@ -190,8 +194,8 @@ def build(
     """Build the model in Hugging Face format at ``out``, with ``tokenizer_vectors.json`` beside it.
 
     ``rope_scaling`` is written as published: ``{"type": "longrope", "short_factor": [...], "long_factor": [...]}`` with
-    ``hidden_size / heads / 2`` numbers each, together with ``original_max_position_embeddings``, where the factors switch.
-    ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here.
+    ``hidden_size / heads / 2`` numbers each, together with ``original_max_position_embeddings``, where the factors
+    switch. ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here.
     """
     from safetensors.numpy import save_file
 

@@ -67,9 +67,8 @@ class Pipeline:
         self._backend: Backend | None = backend
         self._turns = Turns()
         self._state = threading.Lock()
-        self._live: weakref.WeakKeyDictionary[Channel, threading.Thread] = weakref.WeakKeyDictionary()
-        # A resolved config names the ids that end a reply; the template's own turn token is among them where it exists.
-        self._end_ids = info.eos_token_ids
+        # The interpreter holds a thread for as long as it runs, so what is in here has not ended yet.
+        self._live: weakref.WeakKeyDictionary[threading.Thread, Channel] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         state = "closed" if self._backend is None else str(self.device)
@@ -141,9 +140,9 @@ class Pipeline:
         with self._state:
             backend, self._backend = self._backend, None
             live = list(self._live.items())
-        for channel, _ in live:
+        for _, channel in live:
             channel.cancel()
-        for _, thread in live:
+        for thread, _ in live:
             if thread is not threading.current_thread():
                 thread.join()
         if backend is not None:
@@ -176,14 +175,14 @@ class Pipeline:
         self._engine()
         wanted = self._config(config, options)
         ids = self.encode(prompt)
-        request = Request(ids, self._resolve(wanted, len(ids), streams=streams), self._end_ids)
+        request = Request(ids, self._resolve(wanted, len(ids), streams=streams), self.info.eos_token_ids)
         channel = Channel()
         reply = Reply(request, self.tokenizer, channel, requested, on_end)
         engine, turns = self._engine, self._turns
 
         with self._state:
             self._engine()
-            self._live[channel] = start_worker(channel, lambda: reply.run(engine, turns))
+            self._live[start_worker(channel, lambda: reply.run(engine, turns))] = channel
         return TokenStream(channel)
 
     @staticmethod

@@ -1,0 +1,71 @@
+"""From a fresh checkout to a model that talks: make an environment, build the demo model, export it, and ask it
+something.
+
+Run it again at any time: everything that is there and current is reused, and the network is not needed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of, venv_command
+
+QUESTION = "can you introduce yourself?"
+
+
+def _quoted(*parts: str | Path) -> str:
+    """Return a command line that can be pasted, also when the checkout's path has spaces."""
+    if sys.platform == "win32":
+        return subprocess.list2cmdline([str(part) for part in parts])
+    import shlex
+
+    return shlex.join(str(part) for part in parts)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="AUTO", help="CPU, GPU.0, ...; default: the best one present")
+    parser.add_argument("--prompt", default=QUESTION, help=f"what to ask; default: {QUESTION!r}")
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="where to make the environment; default: .venv"
+    )
+    return parser.parse_args()
+
+
+def say_what_next(venv: Path, model: Path, device: str) -> None:
+    """End with things to try."""
+    command = venv_command(venv, "ov-phi3")
+    print("\nWhat to try next")
+    print(f"  talk to it:    {_quoted(command, 'chat', model, '--device', device)}")
+    print(f"  from Python:   {_quoted(venv_command(venv, 'python'))}")
+    print("                 >>> import ov_phi3")
+    print(f"                 >>> with ov_phi3.load({str(model)!r}, device={device!r}) as pipe:")
+    print('                 ...     for chunk in pipe.stream("Tell me about Paris."):')
+    print('                 ...         print(chunk.text, end="", flush=True)')
+    print(f"  run the tests: {_quoted('python', ROOT / 'scripts' / 'test.py')}")
+
+
+def main() -> int:
+    """Do all of it."""
+    options = parse_arguments()
+    began = time.monotonic()
+    venv = options.venv.absolute()
+    python = ensure_environment(venv, ["export"])
+    model = ensure_model("demo-int4", python)
+    print(f"- ready after {time.monotonic() - began:.0f} s: {model}\n\n> {options.prompt}\n", flush=True)
+    # Through the interpreter, not the command beside it: a script's first line breaks on long paths and on paths with
+    # spaces.
+    command = [python, "-m", "ov_phi3", "generate", model, options.prompt, "--device", options.device]
+    done = subprocess.run(command, check=False, env=child_environment())
+    if done.returncode == 0:
+        say_what_next(venv, model, options.device)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,90 @@
+"""Check a checkout: make an environment and the test models, then lint, types, documentation and all tests.
+
+Everything that this script does not know itself goes to pytest, as in ``python scripts/test.py -k stream``. All stages
+run, also after one has failed; the exit code is 0 only if every one of them passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of
+
+TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32")
+STAGES = ("lint", "format", "types", "docs", "tests")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended."""
+
+    stage: str
+    result: str
+    seconds: float
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: our options, and what is left for pytest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--device", help="run the tests that need a device on this one; default: OV_PHI3_TEST_DEVICE, or CPU"
+    )
+    parser.add_argument(
+        "--stage", action="append", choices=STAGES, help="run this stage only; can be given more than once"
+    )
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-test", help="the environment; default: .venv-test")
+    return parser.parse_known_args()
+
+
+def stage_command(stage: str, pytest_arguments: list[str]) -> list[str] | None:
+    """Return what a stage runs, to be put after the interpreter; None where there is nothing to check."""
+    if stage == "docs" and not (ROOT / "mkdocs.yml").exists():
+        return None
+    return {
+        "lint": ["-m", "ruff", "check", "."],
+        "format": ["-m", "ruff", "format", "--check", "."],
+        "types": ["-m", "mypy"],
+        "docs": ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(ROOT / "site")],
+        "tests": ["-m", "pytest", *pytest_arguments],
+    }[stage]
+
+
+def run_stage(stage: str, python: Path, pytest_arguments: list[str], env: dict[str, str]) -> Outcome:
+    """Run one stage, its output where ours goes."""
+    command = stage_command(stage, pytest_arguments)
+    if command is None:
+        return Outcome(stage, "nothing to check", 0.0)
+    print(f"\n== {stage}: {' '.join(command[1:])}", flush=True)
+    began = time.monotonic()
+    done = subprocess.run([str(python), *command], cwd=ROOT, check=False, env=env)
+    result = "passed" if done.returncode == 0 else f"FAILED (exit code {done.returncode})"
+    return Outcome(stage, result, time.monotonic() - began)
+
+
+def main() -> int:
+    """Run the stages and sum up."""
+    options, pytest_arguments = parse_arguments()
+    stages = [stage for stage in STAGES if options.stage is None or stage in options.stage]
+    python = ensure_environment(options.venv, ["export", "test", "docs"])
+    if "tests" in stages and not os.environ.get("OV_PHI3_MODELS"):
+        for name in TEST_MODELS:
+            ensure_model(name, python)
+    env = child_environment()
+    if options.device:
+        env["OV_PHI3_TEST_DEVICE"] = options.device
+    outcomes = [run_stage(stage, python, pytest_arguments, env) for stage in stages]
+    print()
+    for outcome in outcomes:
+        print(f"{outcome.stage:<8}{outcome.result:<26}{outcome.seconds:7.1f} s")
+    return 0 if all(not outcome.result.startswith("FAILED") for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,93 @@
+"""Model directories and pipelines for the tests.
+
+The models are those of `scripts/_bootstrap.py`, from its cache, or from the folder in the environment variable
+OV_PHI3_MODELS. Nothing of `ov_phi3` is imported before a fixture needs it, so that tests of what an import loads stay
+true.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import ov_phi3
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+
+def model(name: str) -> Path:
+    """The directory of a model, made now if it has to be."""
+    if folder := os.environ.get("OV_PHI3_MODELS"):
+        path = Path(folder) / name
+        if not path.is_dir():
+            pytest.fail(f"OV_PHI3_MODELS is set, but there is no {path}", pytrace=False)
+        return path
+    from _bootstrap import BootstrapError, ensure_model
+
+    try:
+        return ensure_model(name)
+    except BootstrapError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def demo_hf() -> Path:
+    return model("demo-hf")
+
+
+@pytest.fixture(scope="session")
+def demo_int4() -> Path:
+    return model("demo-int4")
+
+
+@pytest.fixture(scope="session")
+def demo_fp32() -> Path:
+    return model("demo-fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_hf() -> Path:
+    return model("tiny-hf")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp32() -> Path:
+    return model("tiny-fp32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_vectors(tiny_hf: Path) -> list[dict[str, Any]]:
+    """The 46 published vectors of the real Phi-3 tokenizer, each {"text": ..., "ids": [...]}."""
+    return json.loads((tiny_hf / "tokenizer_vectors.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device that the device-dependent tests run on."""
+    return os.environ.get("OV_PHI3_TEST_DEVICE") or "CPU"
+
+
+@pytest.fixture(scope="session")
+def pipe(demo_int4: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
+    """The demo model, int4. Shared by all tests: leave it as it was."""
+    import ov_phi3
+
+    with ov_phi3.load(demo_int4, device=device) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
+    """The random model with the real Phi-3 tokenizer, fp32. Shared by all tests: leave it as it was."""
+    import ov_phi3
+
+    with ov_phi3.load(tiny_fp32, device=device) as loaded:
+        yield loaded
