@@ -179,11 +179,14 @@ class Pipeline:
         channel = Channel()
         reply = Reply(request, self.tokenizer, channel, requested, on_end)
         engine, turns = self._engine, self._turns
-
-        with self._state:
-            self._engine()
-            self._live[start_worker(channel, lambda: reply.run(engine, turns))] = channel
-        return TokenStream(channel)
+        try:
+            with self._state:
+                self._engine()
+                self._live[start_worker(channel, lambda: reply.run(engine, turns))] = channel
+            return TokenStream(channel)
+        except BaseException:
+            channel.cancel()  # Ctrl-C while the thread starts: nobody would ever hold the stream
+            raise
 
     @staticmethod
     def _config(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ov_phi3.errors import ExportError
 
@@ -99,7 +100,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], progress: Progre
     Raises:
         ExportError: the command cannot be started.
     """
-    group = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+    group: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
     try:
         process = subprocess.Popen(
             command,
@@ -107,7 +108,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], progress: Progre
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            **group,  # type: ignore[call-overload]
+            **group,
         )
     except OSError as error:
         raise ExportError(f"{command[0]} cannot be started: {error.strerror or error}.") from error

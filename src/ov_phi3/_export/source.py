@@ -115,7 +115,7 @@ def _read_shard(file: Path, size: int) -> int:
             header: dict[str, Any] = json.loads(stream.read(length)) if length < size else {}
         tensors = [value for name, value in header.items() if name != "__metadata__"]
         needed = 8 + length + max((value["data_offsets"][1] for value in tensors), default=0)
-        values = sum(
+        values: int = sum(
             (v["data_offsets"][1] - v["data_offsets"][0]) // _BYTES_PER_VALUE.get(v["dtype"], 1) for v in tensors
         )
     except OSError as error:
