@@ -99,6 +99,7 @@ def test_unknown_options_name_the_nearest(name: str, hint: str) -> None:
         {"temperature": 0, "top_k": 5},
         {"temperature": 0, "do_sample": True},
         {"num_beams": 2, "temperature": 0.5},
+        {"num_beams": 2, "temperature": 1.0},
         {"num_beams": 2, "do_sample": True},
         {"num_beams": 3, "num_beam_groups": 2},
         {"length_penalty": 2.0},
@@ -198,7 +199,8 @@ class TestResolve:
         }
 
     def test_a_sampling_option_samples(self) -> None:
-        assert GenerationConfig(temperature=0.5).resolve(room=9).do_sample is True
+        for option in ({"temperature": 0.5}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.1}):
+            assert GenerationConfig(**option).resolve(room=9).do_sample is True
         assert GenerationConfig(temperature=0).resolve(room=9).do_sample is False
 
     def test_a_seed_is_drawn_and_told(self) -> None:
@@ -252,7 +254,16 @@ class TestHuggingFace:
         full = {"typical_p": 1.0, "guidance_scale": None, "min_length": 0, "early_stopping": False, "num_beams": 1}
         assert GenerationConfig.from_hf(full) == GenerationConfig(num_beams=1)
 
-    @pytest.mark.parametrize("bad", [{"typical_p": 0.5}, {"bad_words_ids": [[1]]}, {"temprature": 1.0}])
+    def test_do_sample_is_off_unless_the_file_says_so(self) -> None:
+        dropped: list[str] = []
+        phi4 = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+        assert config_names.from_hf(phi4, dropped=dropped) == phi4
+        assert config_names.from_hf({"temperature": 0.8}, dropped=dropped) == {}
+        assert GenerationConfig.from_hf({"temperature": 1.0, "top_k": 50}) == GenerationConfig()
+
+    @pytest.mark.parametrize(
+        "bad", [{"typical_p": 0.5}, {"bad_words_ids": [[1]]}, {"temprature": 1.0}, {"temperature": 0.7}]
+    )
     def test_what_would_be_lost_is_refused(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=next(iter(bad))):
             GenerationConfig.from_hf(bad)

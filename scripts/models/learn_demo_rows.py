@@ -3,8 +3,8 @@
 The teacher is SmolLM2 in its own ChatML layout, the student the same weights as ``Phi3ForCausalLM`` in Phi-3's. Both
 read the same conversations, with the teacher's greedy replies in them; the loss is the KL divergence between their
 next-token distributions at every token of the replies, the end of each included. Everything but the rows of
-``<|system|>``, ``<|user|>`` and ``<|assistant|>`` is frozen. About three minutes on two cores; writes ``demo_rows.npy``
-and ``demo_rows.json`` beside this file.
+``<|system|>``, ``<|user|>`` and ``<|assistant|>`` is frozen. Under ten minutes on two cores, most of them spent on the
+replies; writes ``demo_rows.npy`` and ``demo_rows.json`` beside this file.
 
     python scripts/models/learn_demo_rows.py            learn, measure, write
     python scripts/models/learn_demo_rows.py --check    measure the rows that are there

@@ -92,7 +92,7 @@ def merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
         for token, score in zip(tokens[:SPM_SIZE], scores[:SPM_SIZE], strict=True)
         if not re.fullmatch(r"<(unk|s|/s|0x..)>", token)
     }
-    found = []
+    found: list[tuple[str, str]] = []
     for token in sorted(ordinary, key=ordinary.__getitem__, reverse=True):
         cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
         found.extend((left, right) for left, right in cuts if left in ordinary and right in ordinary)
@@ -160,7 +160,7 @@ def weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]
     kv = head * config["num_key_value_heads"]
 
     def matrix(rows: int, columns: int, gain: float = GAIN) -> NDArray[np.float32]:
-        return (rng.standard_normal((rows, columns)) * (gain / columns**0.5)).astype(np.float32)
+        return np.asarray(rng.standard_normal((rows, columns)) * (gain / columns**0.5), dtype=np.float32)
 
     drawn = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, width, gain=width**0.5)}
     for layer in range(config["num_hidden_layers"]):

@@ -206,9 +206,20 @@ def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None
         out.pop("max_length", None)  # as Hugging Face has it: max_new_tokens goes before max_length
     if out.get("num_beams", 1) == 1:
         out.pop("stop_criteria", None)  # transformers writes early_stopping=false beside num_beams=1
-    if out.get("do_sample") is False and dropped is not None:
-        out = {k: v for k, v in out.items() if k not in ("temperature", "top_p", "top_k", "min_p")}
+    if not out.get("do_sample"):
+        _drop_sampling(out, strict=dropped is None)
     return out
+
+
+def _drop_sampling(out: dict[str, Any], *, strict: bool) -> None:
+    """Take out sampling options that Hugging Face ignores because do_sample is not true, which is its default."""
+    for key, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50), ("min_p", 0.0)):
+        value = out.pop(key, neutral)
+        if strict and value != neutral and not (key == "top_k" and value == 0):
+            raise ConfigError(
+                f"{key}={value!r} has no effect in a Hugging Face config without do_sample=true. Add that, or leave "
+                f"{key} out."
+            )
 
 
 _STOP_CRITERIA: dict[Any, str] = {True: "early", False: "heuristic", "never": "never"}

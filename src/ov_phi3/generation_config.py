@@ -262,8 +262,8 @@ class GenerationConfig:
         """Whether this record asks for sampling (True), for greedy (False), or leaves it open (None)."""
         if self.do_sample is not None:
             return self.do_sample
-        if self.temperature == 0:
-            return False
+        if self.temperature is not None:
+            return self.temperature > 0
         return True if self._set(_SAMPLING) else None
 
     def _set(self, names: Iterable[str]) -> list[str]:
@@ -278,8 +278,8 @@ class GenerationConfig:
         if self._samples() is False and (useless := [n for n in sampling if getattr(self, n) != 0]):
             why = "do_sample=False" if self.do_sample is False else "temperature=0"
             raise _contradiction(why, self._show(useless[0]), "a greedy reply does not sample; leave one of them out")
-        if beams > 1 and (self.do_sample or sampling):
-            other = self._show(sampling[0]) if sampling else "do_sample=True"
+        if beams > 1 and self._samples():
+            other = self._show((sampling or ["do_sample" if self.do_sample else "temperature"])[0])
             raise _contradiction(f"num_beams={beams}", other, "beam search does not sample; leave one of them out")
         if beams == 1 and (useless := self._set(_BEAMS)):
             raise _contradiction(self._show(useless[0]), "num_beams=1", "it works with beam search only; set num_beams")

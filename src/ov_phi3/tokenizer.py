@@ -13,6 +13,7 @@ import numpy as np
 from ov_phi3._tokenizer_ir import DetokenizerGraph, TokenizerGraph
 from ov_phi3.decoding import StreamDecoder
 from ov_phi3.errors import ModelError, PromptError, TemplateError
+from ov_phi3.model_info import ModelInfo
 from ov_phi3.template import ChatTemplate, Message, Raw, Segment
 
 if TYPE_CHECKING:
@@ -38,15 +39,19 @@ class Tokenizer:
     Attributes:
         template: the `ChatTemplate` of `encode_messages`.
         control_tokens: text of every control (added) token -> its id.
-        vocab_size: number of ids the detokenizer knows.
+        vocab_size: ids go from 0 to below this.
     """
 
-    def __init__(self, model_dir: str | Path, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, model_dir: str | Path, template: ChatTemplate | None = None, *, vocab_size: int | None = None
+    ) -> None:
         """Open the tokenizer of an exported model.
 
         Args:
             model_dir: directory with `openvino_tokenizer.xml` and `openvino_detokenizer.xml`.
             template: the chat layout; default: the one that the directory's own chat template describes.
+            vocab_size: ids that the model can give, where that is known; most models have a few more than the
+                tokenizer has texts for, which decode to nothing.
 
         Raises:
             ModelError: the files are missing or are not tokenizer graphs.
@@ -55,10 +60,13 @@ class Tokenizer:
         for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
             if not (root / name).is_file():
                 raise ModelError(f"{root / name} is missing. Export the model again: ov-phi3 export SOURCE OUTPUT.")
-        self.template = template if template is not None else ChatTemplate.for_model(root)
+        if template is None:
+            info = ModelInfo.from_dir(root)
+            template, vocab_size = ChatTemplate.for_info(info), vocab_size or info.vocab_size
+        self.template = template
         self._graph = TokenizerGraph(root / "openvino_tokenizer.xml")
         self._bytes = DetokenizerGraph(root / "openvino_detokenizer.xml")
-        self.vocab_size = self._bytes.size
+        self.vocab_size = max(self._bytes.size, vocab_size or 0)
         self.control_tokens: dict[str, int] = dict(self._graph.added_tokens)
         self._control_ids = frozenset(self.control_tokens.values())
         names = "|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True))
