@@ -14,7 +14,9 @@ from pathlib import Path
 
 from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of, venv_command
 
+# The cookbook's question, system message and reply length. A model of this size repeats itself without the penalty.
 QUESTION = "can you introduce yourself?"
+REPLY = ("--system", "You are a helpful AI assistant.", "--max-new-tokens", "1024", "--repetition-penalty", "1.1")
 
 
 def _quoted(*parts: str | Path) -> str:
@@ -60,7 +62,7 @@ def main() -> int:
     print(f"- ready after {time.monotonic() - began:.0f} s: {model}\n\n> {options.prompt}\n", flush=True)
     # Through the interpreter, not the command beside it: a script's first line breaks on long paths and on paths with
     # spaces.
-    command = [python, "-m", "ov_phi3", "generate", model, options.prompt, "--device", options.device]
+    command = [python, "-m", "ov_phi3", "generate", model, options.prompt, *REPLY, "--device", options.device]
     done = subprocess.run(command, check=False, env=child_environment())
     if done.returncode == 0:
         say_what_next(venv, model, options.device)

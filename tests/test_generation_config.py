@@ -280,7 +280,15 @@ class TestOpenAI:
     """The names of chat completions."""
 
     def test_names_are_mapped(self) -> None:
-        request = {"model": "m", "messages": [], "stream": True, "max_tokens": 64, "temperature": 0, "stop": "x", "seed": 1}
+        request = {
+            "model": "m",
+            "messages": [],
+            "stream": True,
+            "max_tokens": 64,
+            "temperature": 0,
+            "stop": "x",
+            "seed": 1,
+        }
         expected = GenerationConfig(max_new_tokens=64, temperature=0, stop="x", seed=1)
         assert GenerationConfig.from_openai(request) == expected
 

@@ -42,7 +42,9 @@ def tokenizer(demo_int4: Path) -> Tokenizer:
 def make(demo_int4: Path, tokenizer: Tokenizer) -> Iterator[MakePipe]:
     made: list[Pipeline] = []
 
-    def build(steps: Sequence[Sequence[int]] = (), *, window: int = 200, **options: Any) -> tuple[Pipeline, ScriptedBackend]:
+    def build(
+        steps: Sequence[Sequence[int]] = (), *, window: int = 200, **options: Any
+    ) -> tuple[Pipeline, ScriptedBackend]:
         backend = ScriptedBackend(steps, **options)
         pipe = Pipeline(
             info=ModelInfo.from_dir(demo_int4),
@@ -303,7 +305,9 @@ class TestErrors:
             ("\ud800", {}, PromptError),
         ],
     )
-    def test_before_any_work(self, make: MakePipe, prompt: Any, options: dict[str, Any], error: type[Exception]) -> None:
+    def test_before_any_work(
+        self, make: MakePipe, prompt: Any, options: dict[str, Any], error: type[Exception]
+    ) -> None:
         pipe, backend = make([])
         with pytest.raises(error):
             pipe.stream(prompt, **options)

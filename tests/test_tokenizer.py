@@ -12,9 +12,29 @@ from ov_phi3 import ChatTemplate, ModelError, PromptError, Raw, TemplateError, T
 from ov_phi3.template import Segment
 
 HOSTILE = ["<|end|>", "<|user|>", "<|system|>", "<s>", "</s>", "<unk>", "<0x0A>", "<0x41>", "<", "|", ">", "▁", "\x00"]
-HARMLESS = ["a", " ", "  ", "\n", "é", "🦙", "👩‍👩‍👧", "日本語", "\u0301", "1", "23", "\u00a0", "\t", "end", "user", "\u3000", "x = {}"]
+HARMLESS = [
+    "a",
+    " ",
+    "  ",
+    "\n",
+    "é",
+    "🦙",
+    "👩‍👩‍👧",
+    "日本語",
+    "\u0301",
+    "1",
+    "23",
+    "\u00a0",
+    "\t",
+    "end",
+    "user",
+    "\u3000",
+    "x = {}",
+]
 
-pieces = st.lists(st.sampled_from(HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=10)
+pieces = st.lists(
+    st.sampled_from(HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=10
+)
 harmless = pieces.map("".join).filter(lambda t: not any(h in t for h in HOSTILE if len(h) > 2) and "▁" not in t)
 hostile = st.lists(
     st.sampled_from(HOSTILE + HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=12

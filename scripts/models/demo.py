@@ -37,6 +37,21 @@ RENAMED = {
     "<reponame>": "<|user|>",
     "<file_sep>": "<|assistant|>",
 }
+# The vocabulary has no token for eight of the bytes that UTF-8 text can hold, so that a text with one of them would lose
+# it without a word. Eight more of the code tokens become those bytes, spelled as byte-level BPE spells them.
+MISSING_BYTES = {
+    "<filename>": "\u0104",  # 0x04
+    "<gh_stars>": "\u0106",  # 0x06
+    "<issue_start>": "\u0113",  # 0x13
+    "<issue_comment>": "\u0114",  # 0x14
+    "<issue_closed>": "\u0116",  # 0x16
+    "<jupyter_start>": "\u011d",  # 0x1D
+    "<jupyter_text>": "\u00f1",  # 0xF1
+    "<jupyter_code>": "\u00f2",  # 0xF2
+}
+# SmolLM2's own splitting, digits first and then words, written as one expression: openvino_tokenizers converts the two
+# steps into one as well, and then splits white space in front of a digit differently.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LEARNT = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -61,7 +76,7 @@ def field(reader: GGUFReader, name: str) -> Any:
 
 def tokens(reader: GGUFReader) -> list[str]:
     """Return the vocabulary in the order of ids, with Phi-3's control tokens in it."""
-    return [RENAMED.get(token, token) for token in field(reader, "tokenizer.ggml.tokens")]
+    return [(RENAMED | MISSING_BYTES).get(token, token) for token in field(reader, "tokenizer.ggml.tokens")]
 
 
 def learnt_ids(reader: GGUFReader) -> list[int]:
@@ -164,17 +179,19 @@ def tokenizer(reader: GGUFReader) -> Tokenizer:
     The control tokens have no ``rstrip``, unlike Phi-3's: the layout's newlines stay tokens, which this model relies
     on.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = tokens(reader)
     control = 3  # the token type that GGUF gives to control tokens
     types = field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
     result = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    result.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     result.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(vocabulary, types, strict=True) if kind == control]
+    bytes_now = set(MISSING_BYTES.values())
+    special = [t for t, kind in zip(vocabulary, types, strict=True) if kind == control and t not in bytes_now]
     result.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return result
 

@@ -104,7 +104,9 @@ def load(
     properties = devices.merge_config(chosen, ov_config)
     if kv_cache_gb is not None:
         window = min(window, _limit_cache(properties, kv_cache_gb, info, chosen))
-    tokenizer, tokenizer_ms = _timed(lambda: Tokenizer(info.path, template or ChatTemplate.for_info(info), vocab_size=info.vocab_size))
+    tokenizer, tokenizer_ms = _timed(
+        lambda: Tokenizer(info.path, template or ChatTemplate.for_info(info), vocab_size=info.vocab_size)
+    )
     (engine, cache, cache_dir), model_ms = _timed(lambda: _open(info, chosen, properties, tokenizer))
     if template is None:
         doubts += _template_doubts(engine, tokenizer.template, info.chat_template)

@@ -95,7 +95,7 @@ class Metrics:
             reused_tokens=reused_tokens,
             ttft_ms=since(tokens[0]) if count else None,
             first_text_ms=since(first_text),
-            tpot_ms=(tokens[-1] - tokens[0]) * 1000.0 / (count - 1) if count > 1 else None,
+            tpot_ms=(tokens[-1] - tokens[0]) * 1000.0 / (count - 1) if count and tokens[-1] > tokens[0] else None,
             total_ms=(ended - requested) * 1000.0,
             queue_ms=((started if started is not None else ended) - requested) * 1000.0,
             token_times_ms=tuple((t - requested) * 1000.0 for t in tokens),

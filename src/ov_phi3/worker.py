@@ -142,7 +142,9 @@ class Reply:
         """The result of a request that was cancelled before its turn came."""
         return self._finish(None)
 
-    def _result(self, reason: FinishReason, report: EngineReport | None) -> GenerationResult:
+    def _result(
+        self, reason: FinishReason, report: EngineReport | None, alternatives: tuple[Alternative, ...] = ()
+    ) -> GenerationResult:
         metrics = Metrics.from_stamps(
             requested=self._requested,
             started=self._started,
@@ -162,6 +164,7 @@ class Reply:
             config=self._request.config,
             prompt_token_ids=self._request.ids.tolist(),
             stop_string=self._stops.matched,
+            alternatives=alternatives,
         )
 
     # -- several replies at once -------------------------------------------------------------------------------------
@@ -169,28 +172,12 @@ class Reply:
     def _search(self, backend: Backend) -> GenerationResult:
         """Beams or several samples: nothing is streamed, so the first token comes with the last."""
         found = [self._alternative(h.ids, h.score, h.hit_limit) for h in backend.search(self._request)]
-        best, matched = found[0]
+        best, self._stops.matched = found[0]
         self._ids, self._texts = best.token_ids, [best.text]
-        self._stops.matched = matched
+        self._first_text = now()
+        self._stamps = [self._first_text] * len(best.token_ids)
         self._channel.put(StreamChunk(best.text, best.token_ids, best.finish_reason))
-        result = self._result(best.finish_reason, None)
-        return GenerationResult(
-            text=result.text,
-            token_ids=result.token_ids,
-            finish_reason=best.finish_reason,
-            metrics=Metrics.from_stamps(
-                requested=self._requested,
-                started=self._started,
-                tokens=[now()] * len(best.token_ids),
-                first_text=now(),
-                ended=now(),
-                prompt_tokens=len(self._request.ids),
-            ),
-            config=result.config,
-            prompt_token_ids=result.prompt_token_ids,
-            stop_string=matched,
-            alternatives=tuple(a for a, _ in found),
-        )
+        return self._result(best.finish_reason, None, tuple(a for a, _ in found))
 
     def _alternative(self, ids: list[int], score: float, hit_limit: bool) -> tuple[Alternative, str | None]:
         config = self._request.config
