@@ -11,9 +11,9 @@ import pytest
 import ov_phi3
 
 CONTRACT = {
-    "export", "devices", "load", "measure", "GenerationConfig", "ChatTemplate", "Raw", "ModelInfo", "DeviceInfo", "Pipeline",
-    "Tokenizer", "TokenStream", "StreamChunk", "GenerationResult", "Error", "ModelError", "DeviceError", "ExportError",
-    "ConfigError", "TemplateError", "ContextOverflowError", "SnapshotError", "ClosedError",
+    "export", "devices", "load", "measure", "GenerationConfig", "ChatTemplate", "Raw", "ModelInfo", "DeviceInfo",
+    "Pipeline", "Tokenizer", "TokenStream", "StreamChunk", "GenerationResult", "Error", "ModelError", "DeviceError",
+    "ExportError", "ConfigError", "TemplateError", "ContextOverflowError", "SnapshotError", "ClosedError",
 }  # fmt: skip
 
 

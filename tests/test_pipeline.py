@@ -102,7 +102,7 @@ class TestExact:
             assert pipe.generate(ids, max_new_tokens=32).token_ids == theirs
 
     def test_greedy_ids_are_the_references(self, demo_fp32: Path, demo_hf: Path, device: str) -> None:
-        """Phi3ForCausalLM of Hugging Face without a cache: one pass over prompt and reply gives its choice at each step."""
+        """Hugging Face without a cache: one pass over prompt and reply gives its choice at each step."""
         import torch
         from transformers import AutoModelForCausalLM
 

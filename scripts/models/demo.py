@@ -37,8 +37,8 @@ RENAMED = {
     "<reponame>": "<|user|>",
     "<file_sep>": "<|assistant|>",
 }
-# The vocabulary has no token for eight of the bytes that UTF-8 text can hold, so that a text with one of them would lose
-# it without a word. Eight more of the code tokens become those bytes, spelled as byte-level BPE spells them.
+# The vocabulary has no token for eight of the bytes that UTF-8 text can hold, so that a text with one of them would
+# lose it without a word. Eight more of the code tokens become those bytes, spelled as byte-level BPE spells them.
 MISSING_BYTES = {
     "<filename>": "\u0104",  # 0x04
     "<gh_stars>": "\u0106",  # 0x06

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ov_phi3._version import __version__
-from ov_phi3.errors import ConfigError, Error
+from ov_phi3.errors import ConfigError, Error, ExportError
 
 __all__ = ["build_parser", "main"]
 
@@ -53,5 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Error, OSError) as exc:
-        print(f"ov-phi3: {type(exc).__name__}: {' '.join(str(exc).split())}", file=sys.stderr)
+        print(f"ov-phi3: {type(exc).__name__}: {_one_line(exc)}", file=sys.stderr)
         return 2 if isinstance(exc, ConfigError) else 1
+
+
+def _one_line(exc: BaseException) -> str:
+    """An error on one line; what optimum-cli printed before it failed has been shown as it came."""
+    text = str(exc).partition("\n")[0] if isinstance(exc, ExportError) else str(exc)
+    return " ".join(text.split())

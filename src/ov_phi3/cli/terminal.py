@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from ov_phi3._export.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
-__all__ = ["add_load_arguments", "dim", "load", "note"]
+__all__ = ["add_load_arguments", "dim", "load", "note", "progress"]
 
 
 def dim(text: str) -> str:
@@ -25,6 +27,18 @@ def dim(text: str) -> str:
 def note(text: str, *, end: str = "\n") -> None:
     """A line for the person, not for a program."""
     print(dim(text), end=end, file=sys.stderr, flush=True)
+
+
+_CLEAR = "\r\x1b[K"
+
+
+def progress(line: ProgressLine) -> None:
+    """A line of an export: a progress bar redraws itself in a terminal, and is left out everywhere else."""
+    watched = sys.stderr.isatty()
+    if not line.transient:
+        note((_CLEAR if watched else "") + line)
+    elif watched:
+        note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +92,7 @@ def load(args: argparse.Namespace) -> Pipeline:
             )
         finally:
             if watched:
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+                print(_CLEAR, end="", file=sys.stderr, flush=True)
     note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     for warning in caught:
         note(f"warning: {warning.message}")

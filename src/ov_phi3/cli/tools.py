@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> int:
         recipe=args.recipe,
         trust_remote_code=args.trust_remote_code,
         overwrite=args.overwrite,
-        progress=terminal.note,
+        progress=terminal.progress,
         **_flags(args.extra),
     )
     if args.json:
