@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -30,6 +31,8 @@ from ov_phi3.errors import ConfigError, ExportError, ModelError
 from ov_phi3.model_info import MANIFEST, ModelInfo
 
 __all__ = ["FLAGS", "RECIPES", "Flag", "Progress", "ProgressLine", "Recipe", "export"]
+
+_log = logging.getLogger("ov_phi3")
 
 _OPTIMUM_CLI = "from optimum.commands.optimum_cli import main; main()"
 _CONVERT_TOKENIZER = "from openvino_tokenizers.cli_tools.convert_tokenizer import convert_hf_tokenizer as m; m()"
@@ -79,7 +82,8 @@ def export(
             "int8", "fp16" or "fp32"; see `RECIPES`.
         trust_remote_code: run Python code that comes with the model. Phi-3 needs none.
         overwrite: replace a model that is in `output` already; nothing else is ever replaced.
-        progress: called with each line of progress, ours and optimum-cli's; see `ProgressLine`.
+        progress: called with each line of progress as it comes, ours and optimum-cli's; see `ProgressLine`. Default: the
+            lines go to the logger "ov_phi3" at level INFO. `progress=print` shows them.
         flags: flags of optimum-cli, with underscores, added to the recipe's or overriding them: `group_size=64`,
             `awq=True`; False or None takes one away. If the recipe's own group size does not divide the model's widths,
             `group_size_fallback="adjust"` is added, and the manifest says so.
@@ -108,6 +112,11 @@ def export(
     return ModelInfo.from_dir(target)
 
 
+def _log_line(line: ProgressLine) -> None:
+    if not line.transient:
+        _log.info("%s", line)
+
+
 class _Job:
     """One export: what was decided, and the steps in their order."""
 
@@ -119,7 +128,7 @@ class _Job:
         self.source = Source("", local=False)
         self.group_size: dict[str, Any] | None = None
         self.checks: list[str] = []
-        self._progress: Progress = progress or (lambda _line: None)
+        self._progress: Progress = progress or _log_line
 
     def say(self, text: str) -> None:
         self._progress(ProgressLine(text, ours=True))

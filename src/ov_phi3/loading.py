@@ -110,6 +110,12 @@ def load(
     (engine, cache, cache_dir), model_ms = _timed(lambda: _open(info, chosen, properties, tokenizer))
     if template is None:
         doubts += _template_doubts(engine, tokenizer.template, info.chat_template)
+    if info.rope_boundary is not None and window > info.rope_boundary:
+        doubts.append(
+            f"this LongRoPE model rotates keys differently past {info.rope_boundary} tokens, and keys that were cached "
+            "before a reply or chat crosses that length stay as they were: what follows is not exact. Pass "
+            f"context_length={info.rope_boundary}, or keep prompt and reply on one side of it."
+        )
     report = LoadReport(
         model_ms=model_ms,
         tokenizer_ms=tokenizer_ms,

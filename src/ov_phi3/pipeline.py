@@ -97,13 +97,22 @@ class Pipeline:
         """The reply as it comes; generation starts at once. Arguments and errors are those of `generate`."""
         return self._start(prompt, config, options, streams=True)
 
-    def chat(self, *, system: str | None = None) -> Chat:
+    def chat(self, *, system: str | None = None, overflow: str = "error") -> Chat:
         """A conversation that keeps the exact token ids of every turn, so that its KV cache is used again.
 
         Args:
             system: a system message.
+            overflow: what to do with a turn that no longer fits the context window: "error" raises
+                `ContextOverflowError` and leaves the conversation as it was.
+
+        Raises:
+            ConfigError: another `overflow`.
+            TemplateError: a system message for a layout that has no system turn.
+            ClosedError: the pipeline was closed.
         """
         self._engine()
+        if overflow != "error":
+            raise ConfigError(f"overflow={overflow!r}; expected 'error', the only policy of this release.")
         return Chat(self, system=system)
 
     def encode(self, prompt: Prompt) -> NDArray[np.int64]:
