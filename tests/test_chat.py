@@ -77,6 +77,15 @@ def test_a_cancelled_turn_keeps_what_came(pipe: Pipeline) -> None:
     assert chat.send("Go on.", max_new_tokens=5).token_ids
 
 
+def test_a_loop_left_early_is_no_hindrance(pipe: Pipeline) -> None:
+    chat = pipe.chat()
+    for _ in range(5):
+        for _ in chat.stream("Write a very long story.", ignore_eos=True):
+            break
+    assert len(chat.messages) >= 8  # a turn is kept with the first token that came
+    assert chat.send("Go on.", max_new_tokens=5).token_ids
+
+
 async def test_async(pipe: Pipeline) -> None:
     chat = pipe.chat()
     text = "".join([c.text async for c in chat.stream("Name a fruit.", max_new_tokens=8)])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.pipeline import Pipeline
-    from ov_phi3.stream import TokenStream
+    from ov_phi3.stream import Channel, TokenStream
 
 __all__ = ["Chat"]
 
@@ -34,8 +34,9 @@ class Chat:
         self._pipeline = pipeline
         self._messages: list[dict[str, str]] = []
         self._ids: list[int] = []
-        self._lock = threading.Lock()
-        self._busy = False
+        self._lock = threading.Lock()  # of what is below, for one moment
+        self._turn = threading.Lock()  # of starting a turn
+        self._running: Channel | None = None
         if system is not None:
             self._messages.append({"role": "system", "content": system})
             pipeline.tokenizer.template.segments(self._messages)  # a layout without a system turn says so now
@@ -68,26 +69,32 @@ class Chat:
         if not isinstance(text, str):
             raise TypeError(f"a turn is a string, not {type(text).__name__}")
         message = {"role": "user", "content": text}
-        with self._lock:
-            if self._busy:
-                raise StreamError(
-                    "the reply to the turn before is still coming; read it to its end or cancel it first."
-                )
-            prompt = self._prompt(message)
-            self._busy = True
-        try:
-            return self._pipeline._start(prompt, config, options, streams=True, on_end=lambda r: self._end(message, r))
-        except BaseException:
-            self._end(message, None)
-            raise
+        with self._turn:
+            self._await_turn_before()
+            stream = self._pipeline._start(
+                self._prompt(message), config, options, streams=True, on_end=lambda r: self._end(message, r)
+            )
+            # The channel and not the stream: a stream that its reader drops must still cancel itself.
+            self._running = stream._channel
+            return stream
+
+    def _await_turn_before(self) -> None:
+        """A reply that was cancelled ends within one token and is waited for; one that still comes is in the way."""
+        before = self._running
+        if before is None or before.ended:
+            return
+        if not before.cancelled:
+            raise StreamError("the reply to the turn before is still coming; read it to its end or cancel it first.")
+        before.wait_ended()
 
     def _prompt(self, message: dict[str, str]) -> NDArray[np.int64]:
         """The ids of the conversation with a new message: what was generated stays, only the new text is encoded."""
         tokenizer = self._pipeline.tokenizer
-        if not self._ids:
+        with self._lock:
+            history = list(self._ids)
+        if not history:
             return tokenizer.encode_messages([*self._messages, message])
         new = tokenizer.encode_segments(tokenizer.template.continuation(message)).tolist()
-        history = list(self._ids)
         if history[-1] in self._pipeline.info.eos_token_ids:
             history.pop()  # the reply's own end token, which need not be the one that the layout writes after a reply
         return np.array(history + new, dtype=np.int64)
@@ -97,7 +104,6 @@ class Chat:
         was.
         """
         with self._lock:
-            self._busy = False
             if result is not None and result.token_ids:
                 self._messages += [message, {"role": "assistant", "content": result.text}]
                 self._ids = [*result.prompt_token_ids, *result.token_ids]

@@ -82,8 +82,8 @@ def export(
             "int8", "fp16" or "fp32"; see `RECIPES`.
         trust_remote_code: run Python code that comes with the model. Phi-3 needs none.
         overwrite: replace a model that is in `output` already; nothing else is ever replaced.
-        progress: called with each line of progress as it comes, ours and optimum-cli's; see `ProgressLine`. Default: the
-            lines go to the logger "ov_phi3" at level INFO. `progress=print` shows them.
+        progress: called with each line of progress as it comes, ours and optimum-cli's; see `ProgressLine`. Default:
+            the lines go to the logger "ov_phi3" at level INFO. `progress=print` shows them.
         flags: flags of optimum-cli, with underscores, added to the recipe's or overriding them: `group_size=64`,
             `awq=True`; False or None takes one away. If the recipe's own group size does not divide the model's widths,
             `group_size_fallback="adjust"` is added, and the manifest says so.

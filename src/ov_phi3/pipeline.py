@@ -14,7 +14,7 @@ from ov_phi3.chat import Chat
 from ov_phi3.errors import ClosedError, ConfigError, ContextOverflowError, PromptError
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.results import GenerationResult
-from ov_phi3.stream import Channel, TokenStream, now, start_worker
+from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import Tokenizer, as_ids
 from ov_phi3.turns import Turns
@@ -188,13 +188,20 @@ class Pipeline:
         channel = Channel()
         reply = Reply(request, self.tokenizer, channel, requested, on_end)
         engine, turns = self._engine, self._turns
+        thread = None
+        turn = turns.join()  # here and not in the thread, so that the order of arrival is the callers'
         try:
             with self._state:
                 self._engine()
-                self._live[start_worker(channel, lambda: reply.run(engine, turns))] = channel
+                thread = new_worker(channel, lambda: reply.run(engine, turns, turn))
+                self._live[thread] = channel
+                thread.start()
             return TokenStream(channel)
         except BaseException:
-            channel.cancel()  # Ctrl-C while the thread starts: nobody would ever hold the stream
+            # Closed meanwhile, no more threads, or Ctrl-C: nobody would ever hold the stream, or leave the line.
+            channel.cancel()
+            if thread is None or thread.ident is None:
+                turns.leave(turn)
             raise
 
     @staticmethod

@@ -50,9 +50,16 @@ class Channel:
             self._chunks.append(chunk)
             self._tell()
 
-    def end(self, result: GenerationResult | None, error: BaseException | None = None) -> None:
-        """No more chunks; exactly one of the two is given."""
+    def end(
+        self, result: GenerationResult | None, error: BaseException | None = None, *, last: StreamChunk | None = None
+    ) -> None:
+        """No more chunks but the last; a result or an error is given.
+
+        The last chunk comes with the end, so that whoever has read it may start the next request.
+        """
         with self._changed:
+            if last is not None:
+                self._chunks.append(last)
             self.result, self.error = result, error
             self.ended = True
             self._on_cancel = None
@@ -128,15 +135,15 @@ _running: weakref.WeakSet[Channel] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-def start_worker(channel: Channel, work: Callable[[], None]) -> threading.Thread:
-    """Run `work` in a thread that ends with the interpreter: it is cancelled and joined before the engine is torn
-    down.
+def new_worker(channel: Channel, work: Callable[[], None]) -> threading.Thread:
+    """A thread for `work`, not started yet, that ends with the interpreter.
+
+    It is cancelled and joined before the engine is torn down. A daemon, as the interpreter would otherwise wait for the
+    whole reply before it runs any exit handler.
     """
-    # A daemon, as the interpreter would otherwise wait for the whole reply before it runs any exit handler.
     thread = threading.Thread(target=work, name="ov_phi3-stream", daemon=True)
     _running.add(channel)
     _threads.add(thread)
-    thread.start()
     return thread
 
 

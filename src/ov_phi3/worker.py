@@ -14,7 +14,7 @@ from ov_phi3.stream import Channel, never_raises, now
 
 if TYPE_CHECKING:
     from ov_phi3.tokenizer import Tokenizer
-    from ov_phi3.turns import Turns
+    from ov_phi3.turns import Turn, Turns
 
 __all__ = ["Reply"]
 
@@ -60,11 +60,11 @@ class Reply:
         self._started: float | None = None
         self._first_text: float | None = None
         self._failure: BaseException | None = None
+        self._last: StreamChunk | None = None
         self._limit = request.config.max_new_tokens or 0
 
-    def run(self, backend: Callable[[], Backend], turns: Turns) -> None:
+    def run(self, backend: Callable[[], Backend], turns: Turns, turn: Turn) -> None:
         """Wait for the engine, generate, and end the channel, whatever happens."""
-        turn = turns.join()
         self._channel.on_cancel(lambda: turns.give_up(turn))
         try:
             result = self._generate(backend()) if turn.wait() and not self._channel.cancelled else self._cancelled()
@@ -82,7 +82,7 @@ class Reply:
     def _end(self, result: GenerationResult | None, error: Error | None) -> None:
         if self._on_end is not None:
             self._on_end(result)
-        self._channel.end(result, error)
+        self._channel.end(result, error, last=self._last if result is not None else None)
 
     def _generate(self, backend: Backend) -> GenerationResult:
         self._channel.on_cancel(None)
@@ -124,7 +124,7 @@ class Reply:
         else:
             rest = ""
         reason = self._reason(report)
-        self._channel.put(StreamChunk(rest, [], reason))
+        self._last = StreamChunk(rest, [], reason)
         return self._result(reason, report)
 
     def _reason(self, report: EngineReport | None) -> FinishReason:
@@ -176,7 +176,7 @@ class Reply:
         self._ids, self._texts = best.token_ids, [best.text]
         self._first_text = now()
         self._stamps = [self._first_text] * len(best.token_ids)
-        self._channel.put(StreamChunk(best.text, best.token_ids, best.finish_reason))
+        self._last = StreamChunk(best.text, best.token_ids, best.finish_reason)
         return self._result(best.finish_reason, None, tuple(a for a, _ in found))
 
     def _alternative(self, ids: list[int], score: float, hit_limit: bool) -> tuple[Alternative, str | None]:
