@@ -35,8 +35,15 @@ def written_default(name: str) -> str:
 
 def names_in(table: Mapping[str, str], option: str) -> str:
     """What an option is called in another vocabulary."""
-    found = [f"`{name}`" for name, ours in table.items() if option in ours.split(", ")]
+    found = [
+        "same" if name == option else breakable(name) for name, ours in table.items() if option in ours.split(", ")
+    ]
     return ", ".join(found) or "–"
+
+
+def breakable(name: str) -> str:
+    """A name that may go over two lines, behind an underscore."""
+    return f"<code>{name.replace('_', '_<wbr>')}</code>" if len(name) > 16 else f"`{name}`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -40,7 +40,7 @@ def test_generate_json(demo_int4: Path, device: str, capsys: Captured) -> None:
 
 def test_generate_reads_standard_input_and_raw_prompts(demo_int4: Path, device: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ov_phi3", "generate", str(demo_int4), "--raw", "--device", device],
+        [sys.executable, "-m", "ov_phi3", "generate", str(demo_int4), "--raw", "--device", device, "-"],
         input=f"<|user|>\n{CAPITAL}<|end|>\n<|assistant|>\n",
         capture_output=True,
         text=True,
@@ -145,31 +145,49 @@ class Terminal:
         if self.pid == 0:
             os.execv(sys.executable, [sys.executable, "-m", "ov_phi3", *argv])
         self.seen = ""
+        self.ended = False
 
     def until(self, text: str, timeout: float = 60) -> None:
         """Read until the text is on the screen."""
         end = time.monotonic() + timeout
         while text not in self.seen:
             assert time.monotonic() < end, f"{text!r} never came; seen: {self.seen!r}"
-            if select.select([self.fd], [], [], 1)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
-                except OSError:  # the other end is closed
-                    assert text in self.seen, self.seen
+            assert self._read(), f"it ended without {text!r}; seen: {self.seen!r}"
         self.seen = self.seen[self.seen.index(text) + len(text) :]
+
+    def _read(self) -> bool:
+        """Take in what is there, waiting a second for it; False when the program has closed its end."""
+        if not select.select([self.fd], [], [], 1)[0]:
+            return True
+        try:
+            new = os.read(self.fd, 4096)
+        except OSError:
+            return False
+        self.seen += new.decode("utf-8", "replace")
+        return bool(new)
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def exit_code(self) -> int:
+    def exit_code(self, timeout: float = 60) -> int:
+        end = time.monotonic() + timeout
+        while self._read():
+            assert time.monotonic() < end, f"it did not end; seen: {self.seen!r}"
+        self.ended = True
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self) -> None:
+        if not self.ended:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
 
 
 @pytest.fixture
 def chat(demo_int4: Path, device: str) -> Iterator[Terminal]:
     terminal = Terminal(["chat", str(demo_int4), "--device", device, "--ignore-eos"])
     yield terminal
-    os.close(terminal.fd)
+    terminal.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
@@ -185,6 +203,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(chat: Terminal) -> None:
     chat.until("> ")
     chat.type("\x03")
     chat.until("leaves")
+    chat.until("> ")
     chat.type("\x04")
     assert chat.exit_code() == 0
 

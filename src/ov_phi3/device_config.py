@@ -110,7 +110,7 @@ def _check(key: object, value: object, device: DeviceInfo, properties: Mapping[s
         raise ConfigError(f"ov_config key {key!r} can only be read on {device.name}, not set")
     raise ConfigError(
         f"ov_config key {key!r} is unknown on {device.name} ({device.full_name}).{_nearest(key, known)}"
-        f" It takes: {', '.join(sorted(known))}"
+        f" It takes: {', '.join(sorted(known - _OURS.keys()))}"
     )
 
 

@@ -2,9 +2,9 @@
 
 ::
 
-Error:
-    ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another
-    architecture ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
+    Error
+    ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another kind
+    ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
     ├── ExportError           (RuntimeError)  optimum-cli is missing or failed, or its result is not usable
     ├── ConfigError           (ValueError)    an option is unknown, out of range, or contradicts another
     ├── TemplateError         (ValueError)    messages that the chat layout cannot hold

@@ -358,7 +358,8 @@ def _check_number(name: str, value: object, low: float | None, high: float | Non
     if below or above or not math.isfinite(value):
         least = "" if low is None else f" {'above' if edge == 'low' else 'at least'} {low}"
         most = "" if high is None else f" {'below' if edge == 'high' else 'at most'} {high}"
-        raise ConfigError(f"{name}={value!r} is out of range: expected a finite number{least}{most}.")
+        both = " and" if least and most else ""
+        raise ConfigError(f"{name}={value!r} is out of range: expected a finite number{least}{both}{most}.")
 
 
 def _stop_strings(value: object) -> tuple[str, ...] | None:

@@ -130,8 +130,13 @@ class Pipeline:
             ids = self.tokenizer.encode_messages(prompt)  # type: ignore[arg-type]
         elif isinstance(prompt, Mapping):
             raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
-        else:
+        elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
             ids = as_ids(prompt, self.info.vocab_size)
+        else:
+            raise TypeError(
+                "a prompt is a string, a list of {'role', 'content'} dicts, Raw text, or token ids, "
+                f"not {type(prompt).__name__}"
+            )
         if not ids.size:
             raise PromptError("the prompt is empty; give a text, messages or token ids.")
         return ids

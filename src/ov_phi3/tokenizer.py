@@ -139,6 +139,7 @@ class Tokenizer:
         texts = [""]
         for text, is_control in segments:
             if not is_control:
+                _check_encodable(text)
                 texts[-1] += text
                 continue
             if text not in self.control_tokens:
@@ -156,8 +157,6 @@ class Tokenizer:
         ]
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        for text in texts:
-            _check_encodable(text)
         encoded = self._graph.encode(texts)
         return [self._encode_guarded(t) if self._unsafe(t, i) else i for t, i in zip(texts, encoded, strict=True)]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ov_phi3.backends import Backend, EngineReport, Request
 from ov_phi3.decoding import StopMatcher
-from ov_phi3.errors import Error, GenerationError
+from ov_phi3.errors import ConfigError, Error, GenerationError
 from ov_phi3.metrics import Metrics
 from ov_phi3.results import Alternative, FinishReason, GenerationResult, StreamChunk
 from ov_phi3.stream import Channel, never_raises, now
@@ -21,7 +22,8 @@ __all__ = ["Reply"]
 
 def first_sentence(exc: BaseException) -> str:
     """What an engine's exception says, without the places in its sources that it passed through."""
-    lines = [line.strip() for line in str(exc).splitlines()]
+    # XGrammar puts the time and a place in its sources in front.
+    lines = [re.sub(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line.strip()) for line in str(exc).splitlines()]
     said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     text = " ".join(said or lines) or type(exc).__name__
     return text if text.endswith(".") else text + "."
@@ -71,13 +73,20 @@ class Reply:
         except Error as exc:
             self._end(None, exc)
         except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
-            error = GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
+            error = self._explained(exc)
             error.__cause__ = exc
             self._end(None, error)
         else:
             self._end(result, None)
         finally:
             turns.leave(turn)
+
+    def _explained(self, exc: BaseException) -> Error:
+        """An exception of the engine in our words."""
+        structure = [n for n in ("json_schema", "regex", "grammar") if getattr(self._request.config, n) is not None]
+        if structure and not self._ids:
+            return ConfigError(f"{structure[0]} was not accepted: {first_sentence(exc)}")
+        return GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
 
     def _end(self, result: GenerationResult | None, error: Error | None) -> None:
         if self._on_end is not None:

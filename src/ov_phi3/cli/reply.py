@@ -26,7 +26,8 @@ def add_generate(commands: Any) -> None:
     """Add the `generate` command."""
     parser = commands.add_parser("generate", help="one reply to one prompt", description="One reply to one prompt.")
     terminal.add_load_arguments(parser)
-    parser.add_argument("prompt", nargs="?", default="-", help="the prompt; - or nothing reads standard input")
+    # Required, as argparse cannot tell an optional one that stands behind a flag from a stray argument.
+    parser.add_argument("prompt", help="the prompt; - reads it from standard input")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--raw", action="store_true", help="the prompt is laid out already: parse its control tokens")
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON instead of streaming text")
