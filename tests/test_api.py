@@ -74,6 +74,25 @@ def test_running_loads_none_of_the_exporters_packages(demo_int4: Path, device: s
     assert out.splitlines()[-1] == "[]"
 
 
+def test_an_exception_in_our_own_callback_does_not_abort(demo_int4: Path, device: str) -> None:
+    """One that reached the engine would end the process by SIGABRT."""
+    code = (
+        "import ov_phi3\n"
+        "from ov_phi3.decoding import StreamDecoder\n"
+        f"pipe = ov_phi3.load({str(demo_int4)!r}, device={device!r})\n"
+        "whole, StreamDecoder.add = StreamDecoder.add, lambda *_: 1 / 0\n"
+        "try:\n"
+        "    list(pipe.stream('Hi'))\n"
+        "except ov_phi3.GenerationError as error:\n"
+        "    print(type(error.__cause__).__name__)\n"
+        "StreamDecoder.add = whole\n"
+        "print(pipe.generate('What is the capital of France?').text)"
+    )
+    out = python(code)
+    assert out.startswith("ZeroDivisionError")
+    assert "Paris" in out
+
+
 def test_interpreter_exits_while_a_stream_runs(demo_int4: Path, device: str) -> None:
     code = (
         "import ov_phi3\n"

@@ -2,7 +2,7 @@
 
 ::
 
-    Error
+    ov_phi3.Error
     ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another kind
     ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
     ├── ExportError           (RuntimeError)  optimum-cli is missing or failed, or its result is not usable
