@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import ov_phi3
+
+# A shell's background job ignores Ctrl-C, and so would everything that is started here: the tests send it on purpose.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No timed assertions: an example that takes long on a busy machine is not wrong.
 settings.register_profile("ov_phi3", deadline=None)

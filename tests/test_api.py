@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def test_every_error_is_an_error_of_ours() -> None:
     assert issubclass(ov_phi3.PromptError, ValueError)
     assert issubclass(ov_phi3.ConfigError, ValueError)
     assert issubclass(ov_phi3.ClosedError, RuntimeError)
+
+
+def test_errors_cross_processes() -> None:
+    error = ov_phi3.ContextOverflowError("too long", prompt_tokens=5, max_new_tokens=None, context_length=4)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.prompt_tokens, copy.max_new_tokens, copy.context_length) == ("too long", 5, None, 4)
 
 
 def test_import_loads_neither_openvino_nor_numpy() -> None:

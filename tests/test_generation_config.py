@@ -142,6 +142,18 @@ def test_contradictions(options: dict[str, Any]) -> None:
         {"json_schema": "not json"},
         {"json_schema": "[]"},
         {"regex": ""},
+        {"regex": "x\0y"},
+        {"grammar": "\ud800"},
+        {"stop": "\ud800"},
+        {"json_schema": {"a": "b", "c": {1, 2}}},
+        {"json_schema": "[" * 100_000},
+        {"max_new_tokens": 10**400},
+        {"top_k": 2**70},
+        {"stop_token_ids": [2**70]},
+        {"length_penalty": 10**400, "num_beams": 2},
+        {"temperature": 1e-50},
+        {"min_p": 0.9999999999},
+        {"repetition_penalty": 1e-60},
     ],
 )
 def test_values_out_of_range(options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ov_phi3
-from ov_phi3 import ConfigError, ContextOverflowError, DeviceError, Error, GenerationConfig, ModelError, Pipeline, Raw
+from ov_phi3 import ConfigError, ContextOverflowError, DeviceError, GenerationConfig, ModelError, Pipeline, Raw
 
 CAPITAL = "What is the capital of France?"
 QUESTIONS = [
@@ -215,9 +215,10 @@ class TestOptions:
         with pytest.raises(ConfigError, match="prompt_lookup"):
             pipe.generate(CAPITAL, num_assistant_tokens=3)
 
-    def test_bad_grammar_is_an_error(self, pipe: Pipeline) -> None:
-        with pytest.raises(Error):
-            pipe.generate(CAPITAL, grammar="this is no grammar", max_new_tokens=5)
+    @pytest.mark.parametrize("bad", [{"grammar": "this is no grammar"}, {"regex": "((("}, {"json_schema": {"type": 5}}])
+    def test_bad_structure_is_named(self, pipe: Pipeline, bad: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=f"{next(iter(bad))} was not accepted"):
+            pipe.generate(CAPITAL, **bad, max_new_tokens=5)
 
 
 class TestInterruptions:
@@ -281,6 +282,9 @@ class TestBadInput:
             ([1] * 10_000, {}, ContextOverflowError),
             ([49152], {}, ValueError),
             ([-1], {}, ValueError),
+            ([2**70], {}, ValueError),
+            ([-1, 2**63], {}, ValueError),
+            (bytearray(b"abc"), {}, TypeError),
             ([], {}, ValueError),
             ("\ud83e", {}, ov_phi3.PromptError),
             ([{"role": "user", "content": "\ud83e"}], {}, ov_phi3.PromptError),
@@ -326,6 +330,12 @@ class TestLoading:
             ({"context_length": "long"}, TypeError, "context_length"),
             ({"kv_cache_gb": 0.0}, ConfigError, "at least"),
             ({"kv_cache_gb": "2"}, TypeError, "kv_cache_gb"),
+            ({"kv_cache_gb": float("inf")}, ConfigError, "kv_cache_gb"),
+            ({"kv_cache_gb": 10**400}, ConfigError, "kv_cache_gb"),
+            ({"kv_cache_gb": float("nan")}, ConfigError, "kv_cache_gb"),
+            ({"template": "phi3"}, TypeError, "ChatTemplate"),
+            ({"ov_config": {"ATTENTION_BACKEND": "FOO"}}, ConfigError, "FOO"),
+            ({"ov_config": {"NUM_STREAMS": object()}}, ConfigError, "ov_config"),
         ],
     )
     def test_bad_arguments(self, demo_int4: Path, options: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -335,6 +345,20 @@ class TestLoading:
     def test_missing_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="does not exist"):
             ov_phi3.load(tmp_path / "nothing")
+
+    def test_unknown_home(self) -> None:
+        with pytest.raises(ModelError, match="does not exist"):
+            ov_phi3.load("~nosuchuser/model")
+
+    def test_broken_graph_is_the_models_fault(self, demo_int4: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(demo_int4, broken, copy_function=os.link)
+        path = broken / "openvino_model.xml"
+        text = path.read_bytes()
+        path.unlink()
+        path.write_bytes(text.replace(b'type="MatMul"', b'type="MatMux"', 1))
+        with pytest.raises(ModelError, match=r"openvino_model\.xml is damaged"):
+            ov_phi3.load(broken, device="CPU")
 
     def test_openvino_packages_that_do_not_fit(self, demo_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = {"openvino": "2026.4.1", "openvino-genai": "2026.3.0.0", "openvino-tokenizers": "2026.4.1.0"}

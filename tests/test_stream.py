@@ -130,6 +130,11 @@ class TestReading:
             gate.release()
         assert (await reading).text == "a b c"
 
+    def test_a_stop_token_at_the_limit_is_a_stop(self, make: MakePipe) -> None:
+        pipe, _ = make(forever([WORD]))
+        result = pipe.generate("x", max_new_tokens=2, stop_token_ids=[WORD])
+        assert result.finish_reason == "stop"
+
     def test_end_tokens_end_it(self, make: MakePipe, tokenizer: Tokenizer) -> None:
         end = tokenizer.control_tokens["<|end|>"]
         pipe, _ = make([*ids(tokenizer, "a"), [end]])
@@ -356,6 +361,61 @@ class TestTurns:
         metrics = pipe.generate("x").metrics
         assert metrics.ttft_ms is not None
         assert 0 <= metrics.queue_ms <= metrics.ttft_ms <= metrics.total_ms
+
+
+class TestCtrlC:
+    """It may come between any two instructions; the line in front of the engine is left whatever happens."""
+
+    def test_while_taking_a_place_in_the_line(self, make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe, _ = make([[WORD]])
+
+        def interrupted(turn: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ov_phi3.turns.Turn.call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pipe.generate("x")
+        assert pipe.generate("x").token_ids == [WORD]
+
+    def test_while_the_thread_starts(self, make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe, _ = make([[WORD]])
+        start = threading.Thread.start
+
+        def interrupted(thread: threading.Thread) -> None:
+            start(thread)
+            raise KeyboardInterrupt
+
+        for replacement in (interrupted, lambda _: (_ for _ in ()).throw(KeyboardInterrupt)):
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", replacement)
+                with pytest.raises(KeyboardInterrupt):
+                    pipe.generate("x")
+            assert pipe.generate("x").token_ids == [WORD]
+
+    def test_a_stream_dropped_inside_the_line_does_not_lock_it(self, make: MakePipe) -> None:
+        """The garbage collector runs where it likes: here while the line's own lock is held."""
+        gate = threading.Semaphore(0)
+        pipe, _ = make([[WORD]], gate=gate)
+        first = pipe.stream("x")
+        waiting = pipe.stream("x")
+        with pipe._turns._lock:
+            del waiting
+            gc.collect()
+        gate.release(2)
+        assert first.result.token_ids == pipe.generate("x").token_ids == [WORD]
+
+    def test_a_record_that_cannot_be_kept_still_ends_the_stream(self, make: MakePipe) -> None:
+        pipe, _ = make([[WORD]])
+
+        def broken(result: object) -> None:
+            raise KeyError("full")
+
+        threading.excepthook, kept = (lambda _: None), threading.excepthook
+        try:
+            assert pipe._start("x", None, {}, streams=True, on_end=broken).result.token_ids == [WORD]
+        finally:
+            threading.excepthook = kept
 
 
 class TestClosing:

@@ -224,6 +224,12 @@ _SETTINGS = (
     "property key",
     "could not read number of streams",
     "unsupported configuration key",
+    "attention backend must be",
+    "bad as from",
+    "isn't supported for argument",
+    "could not convert to",
+    "unable to cast",
+    "null byte",
 )
 _NO_GPU = ("libopencl", "opencl.dll", "no supported devices found", "clgetplatformids")
 _MEMORY = (
@@ -261,7 +267,7 @@ def explain_device_failure(
         return exc
     original = _core_message(exc)
     lower = str(exc).lower()
-    if any(sign in lower for sign in _SETTINGS):
+    if isinstance(exc, TypeError) or any(sign in lower for sign in _SETTINGS):
         return ConfigError(f"{device} does not accept a property in ov_config: {original}")
     return DeviceError(f"{device}: {_advice(exc, lower, device, probe)} OpenVINO said: {original}")
 

@@ -79,9 +79,19 @@ class ContextOverflowError(Error, ValueError):
 
     def __init__(self, message: str, *, prompt_tokens: int, max_new_tokens: int | None, context_length: int) -> None:
         super().__init__(message)
+        self._message = message
         self.prompt_tokens = prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.context_length = context_length
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled with its numbers, so that it can cross a process pool."""
+        numbers = (self.prompt_tokens, self.max_new_tokens, self.context_length)
+        return _context_overflow, (self._message, *numbers)
+
+
+def _context_overflow(message: str, prompt: int, new: int | None, window: int) -> ContextOverflowError:
+    return ContextOverflowError(message, prompt_tokens=prompt, max_new_tokens=new, context_length=window)
 
 
 class StreamError(Error, RuntimeError):

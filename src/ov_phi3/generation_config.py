@@ -7,7 +7,6 @@ be read.
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping
@@ -16,12 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import config_names
+from ov_phi3._option_checks import (
+    BOOLEANS,
+    INTEGERS,
+    NUMBERS,
+    check_bool,
+    check_number,
+    check_text,
+    schema_text,
+    stop_strings,
+    token_ids,
+)
 from ov_phi3.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import openvino_genai
 
-__all__ = ["DEFAULTS", "GenerationConfig"]
+__all__ = ["BOOLEANS", "DEFAULTS", "INTEGERS", "NUMBERS", "GenerationConfig"]
 
 DEFAULTS: dict[str, Any] = {
     "min_new_tokens": 0,
@@ -52,40 +62,6 @@ _BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_n
 _STRUCTURED = ("json_schema", "regex", "grammar")
 _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 
-# Bounds as openvino_genai's GenerationConfig::validate() has them, checked here so that the message is ours and comes
-# first.
-INTEGERS = {
-    "max_new_tokens": (1, None),
-    "max_length": (2, None),
-    "min_new_tokens": (0, None),
-    "top_k": (0, None),
-    "seed": (0, 2**64 - 1),
-    "num_return_sequences": (1, None),
-    "num_beams": (1, None),
-    "num_beam_groups": (1, None),
-    "no_repeat_ngram_size": (0, None),
-    "num_assistant_tokens": (1, None),
-    "max_ngram_size": (1, None),
-}
-NUMBERS = {
-    "temperature": (0.0, None),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, None),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "diversity_penalty": (0.0, None),
-    "length_penalty": (None, None),
-    "assistant_confidence_threshold": (0.0, 1.0),
-}
-BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
-_EXCLUSIVE_BOUNDS = {
-    "top_p": "low",
-    "min_p": "high",
-    "repetition_penalty": "low",
-    "assistant_confidence_threshold": "low",
-}
-
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -108,8 +84,9 @@ class GenerationConfig:
         repetition_penalty: above 1.0 discourages tokens that are in the prompt or the reply.
         presence_penalty: in [-2, 2], once for each token already generated.
         frequency_penalty: in [-2, 2], as often as the token was generated.
-        num_return_sequences: replies to one prompt; more than one needs sampling or beams, and `generate`.
-        num_beams: above 1 is beam search; not for streams.
+        num_return_sequences: replies to one prompt; more than one needs sampling or beams, and `generate`; cannot be
+            cancelled.
+        num_beams: above 1 is beam search; not for streams, and cannot be cancelled.
         num_beam_groups: groups of beams kept different from each other; divides `num_beams`.
         diversity_penalty: how different.
         length_penalty: exponent of the length in a beam's score; above 0 favours longer replies.
@@ -163,14 +140,14 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name in BOOLEANS:
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name))
         for name, (low, high) in {**INTEGERS, **NUMBERS}.items():
-            _check_number(name, getattr(self, name), low, high, whole=name in INTEGERS)
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+            check_number(name, getattr(self, name), low, high, whole=name in INTEGERS)
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", token_ids(self.stop_token_ids))
         for name in ("regex", "grammar"):
-            _check_text(name, getattr(self, name))
-        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+            check_text(name, getattr(self, name))
+        object.__setattr__(self, "json_schema", schema_text(self.json_schema))
         if self.stop_criteria is not None and self.stop_criteria not in ("early", "heuristic", "never"):
             raise ConfigError(f"stop_criteria={self.stop_criteria!r}; expected 'early', 'heuristic' or 'never'.")
         self._check_contradictions()
@@ -329,72 +306,3 @@ def check_names(options: Iterable[str]) -> None:
 
 def _contradiction(one: str, other: str, why: str) -> ConfigError:
     return ConfigError(f"{one} contradicts {other}: {why}.")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-
-
-def _check_text(name: str, value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {type(value).__name__}")
-    if not value:
-        raise ConfigError(f"{name} is empty; leave it out or give a pattern.")
-
-
-def _check_number(name: str, value: object, low: float | None, high: float | None, *, whole: bool) -> None:
-    if value is None:
-        return
-    kind: Any = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
-    assert isinstance(value, (int, float))
-    edge = _EXCLUSIVE_BOUNDS.get(name)
-    below = low is not None and (value < low or (edge == "low" and value == low))
-    above = high is not None and (value > high or (edge == "high" and value == high))
-    if below or above or not math.isfinite(value):
-        least = "" if low is None else f" {'above' if edge == 'low' else 'at least'} {low}"
-        most = "" if high is None else f" {'below' if edge == 'high' else 'at most'} {high}"
-        both = " and" if least and most else ""
-        raise ConfigError(f"{name}={value!r} is out of range: expected a finite number{least}{both}{most}.")
-
-
-def _stop_strings(value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple, set, frozenset)) or not all(isinstance(s, str) for s in items):
-        raise TypeError(f"stop must be a string or a list of strings, not {value!r}")
-    if "" in items:
-        raise ConfigError("stop holds an empty string, which would end every reply at once; leave it out.")
-    return tuple(dict.fromkeys(items))
-
-
-def _token_ids(value: object) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"stop_token_ids must be a list of token ids, not {value!r}")
-    for item in value:
-        _check_number("stop_token_ids", item, 0, None, whole=True)
-    return tuple(dict.fromkeys(value))
-
-
-def _schema_text(value: object) -> str | None:
-    """A JSON schema as text, which is what the engine takes and what can be hashed."""
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise TypeError(f"json_schema must be a dict or its JSON text, not {type(value).__name__}")
-    try:
-        parsed = json.loads(value)
-    except ValueError as exc:
-        raise ConfigError(f"json_schema is not JSON: {exc}.") from exc
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"json_schema must be a JSON object, not {value[:40]!r}.")
-    return value

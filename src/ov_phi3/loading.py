@@ -96,6 +96,8 @@ def load(
         raise ConfigError(
             f"backend={backend!r}; expected one of {list(BACKENDS)}.{did_you_mean(str(backend), BACKENDS)}"
         )
+    if template is not None and not isinstance(template, ChatTemplate):
+        raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     defaults, doubts = _model_defaults(info)
@@ -181,6 +183,8 @@ def _limit_cache(properties: dict[str, Any], gib: float, info: ModelInfo, device
     if "scheduler_config" in properties:
         raise ConfigError("kv_cache_gb and ov_config['scheduler_config'] both limit the KV cache; give one of them.")
     block = 16 if device.kind == "GPU" else 32  # tokens per block of GenAI's paged attention
+    if not gib <= 2**20:
+        raise ConfigError(f"kv_cache_gb={gib}; expected a number of GiB that a machine can have.")
     blocks = int(gib * 2**30 / (info.kv_bytes_per_token * block)) if gib > 0 else 0
     if blocks < 2:
         least = 2 * block * info.kv_bytes_per_token / 2**30
@@ -217,8 +221,23 @@ def _open(
     except Error:
         raise
     except Exception as exc:
-        raise devices.explain_device_failure(exc, device) from exc
+        raise _explained(exc, info, device) from exc
     return engine, state, folder
+
+
+def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
+    """Whether an engine that did not load tells of the properties, the model's files or the device."""
+    found = devices.explain_device_failure(exc, device)
+    if not isinstance(found, ConfigError):
+        import openvino
+
+        path = info.path / "openvino_model.xml"
+        try:
+            openvino.Core().read_model(path)
+        except Exception as broken:  # noqa: BLE001 - whatever the reader makes of a damaged file
+            said = " ".join(str(broken).split())[-200:]
+            return ModelError(f"{path} is damaged, or not of this OpenVINO: {said} Export the model again.")
+    return found
 
 
 def _canary(engine: Backend, info: ModelInfo, tokenizer: Tokenizer) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 from ov_phi3._model.config import JsonFile, Phi3Config, read_json
 from ov_phi3._model.files import Ir, check_directory, check_files, fingerprint
 from ov_phi3._model.tokens import AddedToken, TokenizerFiles, end_token_ids, family_of
+from ov_phi3._paths import expanded
 from ov_phi3.errors import ModelError
 
 __all__ = ["MANIFEST", "AddedToken", "ModelInfo"]
@@ -112,7 +113,7 @@ class ModelInfo:
                 of another architecture.
             TypeError: `path` is not a path.
         """
-        directory = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - resolve() would follow symlinks
+        directory = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 - resolve() would follow symlinks
         names = check_directory(directory)
         config = Phi3Config.read(directory / "config.json") if names.get("config.json") else None
         check_files(directory, names)

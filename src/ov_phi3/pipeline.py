@@ -17,7 +17,7 @@ from ov_phi3.results import GenerationResult
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import Tokenizer, as_ids
-from ov_phi3.turns import Turns
+from ov_phi3.turns import Turn, Turns
 from ov_phi3.worker import Reply
 
 if TYPE_CHECKING:
@@ -150,14 +150,18 @@ class Pipeline:
     # -- ending ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel what runs, wait for it (at most one token), and free the model. Can be called again."""
+        """Cancel what runs, wait for it, and free the model. Can be called again.
+
+        What runs ends within one token, or at the end of its prefill. Beam search and several sequences at once cannot
+        be cancelled in the engine: they are waited for.
+        """
         with self._state:
             backend, self._backend = self._backend, None
             live = list(self._live.items())
         for _, channel in live:
             channel.cancel()
         for thread, _ in live:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
         if backend is not None:
             backend.close()
@@ -193,9 +197,9 @@ class Pipeline:
         channel = Channel()
         reply = Reply(request, self.tokenizer, channel, requested, on_end)
         engine, turns = self._engine, self._turns
-        thread = None
-        turn = turns.join()  # here and not in the thread, so that the order of arrival is the callers'
+        turn = Turn()
         try:
+            turns.join(turn)  # here and not in the thread, so that the order of arrival is the callers'
             with self._state:
                 self._engine()
                 thread = new_worker(channel, lambda: reply.run(engine, turns, turn))
@@ -205,8 +209,7 @@ class Pipeline:
         except BaseException:
             # Closed meanwhile, no more threads, or Ctrl-C: nobody would ever hold the stream, or leave the line.
             channel.cancel()
-            if thread is None or thread.ident is None:
-                turns.leave(turn)
+            turns.abandon(turn)
             raise
 
     @staticmethod

@@ -33,7 +33,7 @@ class Channel:
     """What the worker and the consumer share: chunks one way, a wish to stop the other way."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = threading.RLock()  # and not a Condition: see `turns`
         self._chunks: deque[StreamChunk] = deque()
         self._listeners: list[Callable[[], None]] = []
         self._on_cancel: Callable[[], None] | None = None
@@ -92,16 +92,25 @@ class Channel:
 
     def wait(self) -> StreamChunk | None:
         """The next chunk, waiting for it; None at the end."""
-        with self._changed:
-            while not self._chunks and not self.ended:
-                self._changed.wait(_WAIT)
-            return self._take()
+        self._block(for_end=False)
+        return self.take()
 
     def wait_ended(self) -> None:
         """Wait until the worker is done."""
-        with self._changed:
-            while not self.ended:
-                self._changed.wait(_WAIT)
+        self._block(for_end=True)
+
+    def _block(self, *, for_end: bool) -> None:
+        """Wait until there is a chunk or the end; with `for_end`, until the end."""
+        while True:
+            gate = threading.Lock()
+            gate.acquire()
+            if not self.listen(gate.release, for_end=for_end):
+                return
+            if _WAIT is None:
+                gate.acquire()
+            else:
+                while not gate.acquire(timeout=_WAIT):
+                    pass
 
     def listen(self, action: Callable[[], None], *, for_end: bool = False) -> bool:
         """Call `action` once at the next change; False when there is something to see already (`for_end`: the end)."""
@@ -125,7 +134,6 @@ class Channel:
         return None
 
     def _tell(self) -> None:
-        self._changed.notify_all()
         listeners, self._listeners = self._listeners, []
         for action in listeners:
             action()
@@ -163,9 +171,10 @@ class TokenStream:
     `result` can be read any number of times.
     """
 
+    _read_by: str | None = None
+
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._read_by: str | None = None
 
     def __repr__(self) -> str:
         state = "ended" if self._channel.ended else "cancelled" if self._channel.cancelled else "running"
@@ -203,11 +212,13 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[StreamChunk]:
         self._read_once("a for loop")
-        return _Chunks(self._channel)
+        with self._cancelling_on_error():
+            return _Chunks(self._channel)
 
     def __aiter__(self) -> AsyncIterator[StreamChunk]:
         self._read_once("an async for loop")
-        return _AsyncChunks(self._channel)
+        with self._cancelling_on_error():
+            return _AsyncChunks(self._channel)
 
     def __enter__(self) -> TokenStream:
         return self
@@ -229,7 +240,7 @@ class TokenStream:
     def __del__(self) -> None:
         # Chunks still being read are held by their own iterator, which cancels when it goes.
         if self._read_by is None:
-            self._channel.cancel()
+            _cancel(self)
 
     def _read_once(self, reader: str) -> None:
         if self._read_by is not None:
@@ -241,6 +252,13 @@ class TokenStream:
 
     def _cancelling_on_error(self) -> _CancelOnError:
         return _CancelOnError(self._channel)
+
+
+def _cancel(owner: TokenStream | _Chunks | _AsyncChunks) -> None:
+    """Cancel when `owner` goes; one whose making was interrupted has nothing to cancel."""
+    channel: Channel | None = getattr(owner, "_channel", None)
+    if channel is not None:
+        channel.cancel()
 
 
 class _CancelOnError:
@@ -274,7 +292,7 @@ class _Chunks:
         return chunk
 
     def __del__(self) -> None:
-        self._channel.cancel()
+        _cancel(self)
 
 
 class _AsyncChunks:
@@ -298,7 +316,7 @@ class _AsyncChunks:
                 await _next_change(self._channel)
 
     def __del__(self) -> None:
-        self._channel.cancel()
+        _cancel(self)
 
 
 async def _next_change(channel: Channel, *, ended: bool = False) -> None:

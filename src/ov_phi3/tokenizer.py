@@ -12,7 +12,7 @@ import numpy as np
 
 from ov_phi3._tokenizer_ir import DetokenizerGraph, TokenizerGraph
 from ov_phi3.decoding import StreamDecoder
-from ov_phi3.errors import ModelError, PromptError, TemplateError
+from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model_info import ModelInfo
 from ov_phi3.template import ChatTemplate, Message, Raw, Segment
 
@@ -64,8 +64,13 @@ class Tokenizer:
             info = ModelInfo.from_dir(root)
             template, vocab_size = ChatTemplate.for_info(info), vocab_size or info.vocab_size
         self.template = template
-        self._graph = TokenizerGraph(root / "openvino_tokenizer.xml")
-        self._bytes = DetokenizerGraph(root / "openvino_detokenizer.xml")
+        try:
+            self._graph = TokenizerGraph(root / "openvino_tokenizer.xml")
+            self._bytes = DetokenizerGraph(root / "openvino_detokenizer.xml")
+        except Error:
+            raise
+        except Exception as exc:
+            raise ModelError(f"the tokenizer files in {root} are damaged ({exc!r}). Export the model again.") from exc
         self.vocab_size = max(self._bytes.size, vocab_size or 0)
         self.control_tokens: dict[str, int] = dict(self._graph.added_tokens)
         self._control_ids = frozenset(self.control_tokens.values())
@@ -237,8 +242,10 @@ def as_ids(ids: object, vocab_size: int) -> NDArray[np.int64]:
         PromptError: an id outside the vocabulary, or an array that is not one-dimensional.
         TypeError: anything but whole numbers.
     """
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
+    if isinstance(ids, (str, bytes, bytearray, memoryview)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise TypeError(f"token ids must be a list or a 1-D array of whole numbers, not {type(ids).__name__}")
+    if isinstance(ids, Sequence):
+        _check_range((i for i in ids if isinstance(i, int)), vocab_size)  # numpy makes floats of ints too large for it
     try:
         array = np.asarray(ids)
     except ValueError as exc:
@@ -247,10 +254,15 @@ def as_ids(ids: object, vocab_size: int) -> NDArray[np.int64]:
         raise PromptError(f"token ids must be one flat list or a 1-D array, not of shape {list(array.shape)}.")
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"token ids must be whole numbers, not {array.dtype} (first: {array.flat[0]!r})")
-    wrong = array[(array < 0) | (array >= vocab_size)] if array.size else array
-    if wrong.size:
-        raise PromptError(f"token id {int(wrong[0])} is outside the vocabulary; ids go from 0 to {vocab_size - 1}.")
+    if array.size:
+        _check_range((int(array.min()), int(array.max())), vocab_size)
     return array.astype(np.int64)
+
+
+def _check_range(ids: Iterable[int], vocab_size: int) -> None:
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise PromptError(f"token id {wrong} is outside the vocabulary; ids go from 0 to {vocab_size - 1}.")
 
 
 def _check_encodable(text: str) -> None:

@@ -1,4 +1,9 @@
-"""Who may use the engine: one request at a time, in order of arrival, and waiting can be given up."""
+"""Who may use the engine: one request at a time, in order of arrival, and waiting can be given up.
+
+Ctrl-C can raise in the main thread between any two Python instructions, also inside `threading.Event` and `Condition`,
+which are written in Python and would then keep their lock for ever. Only locks that are one C call are used here. And
+they are re-entrant: the garbage collector can cancel a dropped stream while its own thread is inside.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +17,30 @@ class Turn:
     """One place in the line."""
 
     def __init__(self) -> None:
-        self._ready = threading.Event()
+        self._gate = threading.Lock()  # closed until it is this one's turn
+        self._gate.acquire()
         self.given_up = False
 
     def wait(self) -> bool:
         """Wait until it is this one's turn; False when it was given up first."""
-        self._ready.wait()
+        self._gate.acquire()
         return not self.given_up
 
     def call(self) -> None:
         """Let the waiting thread go."""
-        self._ready.set()
+        if self._gate.locked():
+            self._gate.release()
 
 
 class Turns:
     """The line in front of one engine. `threading.Lock` makes no promise about order."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._line: deque[Turn] = deque()
 
-    def join(self) -> Turn:
+    def join(self, turn: Turn) -> Turn:
         """Take the last place."""
-        turn = Turn()
         with self._lock:
             self._line.append(turn)
             if self._line[0] is turn:
@@ -49,10 +55,17 @@ class Turns:
             if self._line:
                 self._line[0].call()
 
+    def abandon(self, turn: Turn) -> None:
+        """Give the place back for a thread that may or may not have started: if it has, it finds its turn given up."""
+        with self._lock:
+            turn.given_up = True
+            self.leave(turn)  # first: the line must be left even if Ctrl-C comes once more
+            turn.call()
+
     def give_up(self, turn: Turn) -> None:
         """Stop waiting; no effect on a turn that has begun."""
         with self._lock:
             if self._line and self._line[0] is turn:
                 return
             turn.given_up = True
-        turn.call()
+            turn.call()

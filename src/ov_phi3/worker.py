@@ -89,9 +89,11 @@ class Reply:
         return GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
 
     def _end(self, result: GenerationResult | None, error: Error | None) -> None:
-        if self._on_end is not None:
-            self._on_end(result)
-        self._channel.end(result, error, last=self._last if result is not None else None)
+        try:
+            if self._on_end is not None:
+                self._on_end(result)
+        finally:
+            self._channel.end(result, error, last=self._last if result is not None else None)
 
     def _generate(self, backend: Backend) -> GenerationResult:
         self._channel.on_cancel(None)
@@ -139,7 +141,9 @@ class Reply:
     def _reason(self, report: EngineReport | None) -> FinishReason:
         if self._stops.matched is not None:
             return "stop"
-        if self._ids and not self._request.config.ignore_eos and self._ids[-1] in self._request.end_ids:
+        config = self._request.config
+        ends = {*(config.stop_token_ids or ()), *(() if config.ignore_eos else self._request.end_ids)}
+        if self._ids and self._ids[-1] in ends:
             return "stop"
         if self._channel.cancelled:
             return "cancelled"

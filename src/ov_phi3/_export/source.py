@@ -14,6 +14,7 @@ from typing import Any
 
 from ov_phi3._model.config import Phi3Config, read_json
 from ov_phi3._model.files import has_weights, listing
+from ov_phi3._paths import expanded
 from ov_phi3.errors import ExportError, ModelError
 
 __all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source", "total_memory"]
@@ -52,7 +53,7 @@ def find_source(source: str | os.PathLike[str]) -> Source:
         ModelError: neither, or a directory that cannot be exported.
         TypeError: not a path or a string.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return local_source(path.resolve())
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and ".." not in source:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO
 
 from ov_phi3._model.files import UNFINISHED
+from ov_phi3._paths import expanded
 from ov_phi3.errors import ExportError
 
 __all__ = ["Workspace", "check_output"]
@@ -28,7 +29,7 @@ def check_output(output: str | os.PathLike[str], source: Path | None, *, overwri
             or lies around the source or the current directory.
         TypeError: not a path.
     """
-    target = Path(os.path.abspath(Path(output).expanduser()))  # noqa: PTH100 - the link itself is the output
+    target = Path(os.path.abspath(expanded(output)))  # noqa: PTH100 - the link itself is the output
     if target.is_symlink():
         target = target.resolve()
     try:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ov_phi3._version import __version__
 from ov_phi3.errors import ConfigError, Error, ExportError
@@ -23,7 +24,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 success, 1 a failure named on one line of stderr, 2 wrong usage, 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"ov-phi3 {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands",
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+        parser_class=_CommandParser,
+    )
     tools.add_export(commands)
     reply.add_generate(commands)
     reply.add_chat(commands)
@@ -31,6 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     tools.add_devices(commands)
     tools.add_doctor(commands)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """A parser that takes flags as they are written: an abbreviation changes its meaning when a flag is added."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def _generate(args: argparse.Namespace) -> int:
     config = _options(args)  # before the model is loaded: a wrong option should not take seconds to be told
     if args.raw and args.system is not None:
         raise ov_phi3.ConfigError("--raw and --system contradict each other: a raw prompt has its own system turn.")
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = (sys.stdin.read() if sys.stdin else "") if args.prompt == "-" else args.prompt
     prompt: Any = ov_phi3.Raw(text) if args.raw else text
     if args.system is not None:
         prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
