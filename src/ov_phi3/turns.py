@@ -7,6 +7,7 @@ they are re-entrant: the garbage collector can cancel a dropped stream while its
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 
@@ -20,15 +21,15 @@ class Turn:
         self._gate = threading.Lock()  # closed until it is this one's turn
         self._gate.acquire()
         self.given_up = False
+        self.begun = False
 
-    def wait(self) -> bool:
-        """Wait until it is this one's turn; False when it was given up first."""
+    def wait(self) -> None:
+        """Wait until it is this one's turn, or it was given up."""
         self._gate.acquire()
-        return not self.given_up
 
     def call(self) -> None:
         """Let the waiting thread go."""
-        if self._gate.locked():
+        with contextlib.suppress(RuntimeError):  # open already
             self._gate.release()
 
 
@@ -47,6 +48,13 @@ class Turns:
                 turn.call()
         return turn
 
+    def begin(self, turn: Turn) -> bool:
+        """Wait for the turn and begin it; False when it was given up first."""
+        turn.wait()
+        with self._lock:
+            turn.begun = not turn.given_up
+            return turn.begun
+
     def leave(self, turn: Turn) -> None:
         """Give the place back, whether it was this one's turn or not; the next in line goes on."""
         with self._lock:
@@ -58,6 +66,8 @@ class Turns:
     def abandon(self, turn: Turn) -> None:
         """Give the place back for a thread that may or may not have started: if it has, it finds its turn given up."""
         with self._lock:
+            if turn.begun:
+                return  # its thread runs, and leaves the line when the engine is free
             turn.given_up = True
             self.leave(turn)  # first: the line must be left even if Ctrl-C comes once more
             turn.call()
@@ -65,7 +75,7 @@ class Turns:
     def give_up(self, turn: Turn) -> None:
         """Stop waiting; no effect on a turn that has begun."""
         with self._lock:
-            if self._line and self._line[0] is turn:
+            if turn.begun:
                 return
             turn.given_up = True
             turn.call()

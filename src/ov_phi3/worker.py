@@ -69,7 +69,9 @@ class Reply:
         """Wait for the engine, generate, and end the channel, whatever happens."""
         self._channel.on_cancel(lambda: turns.give_up(turn))
         try:
-            result = self._generate(backend()) if turn.wait() and not self._channel.cancelled else self._cancelled()
+            result = (
+                self._generate(backend()) if turns.begin(turn) and not self._channel.cancelled else self._cancelled()
+            )
         except Error as exc:
             self._end(None, exc)
         except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
