@@ -235,6 +235,10 @@ class GenerationConfig:
         """The same as an `openvino_genai.GenerationConfig`, for use with that library directly."""
         return config_names.to_genai(self)
 
+    def _is_search(self) -> bool:
+        """Whether it asks for several replies to choose from, which cannot be streamed."""
+        return (self.num_beams or 1) > 1 or (self.num_return_sequences or 1) > 1
+
     def _samples(self) -> bool | None:
         """Whether this record asks for sampling (True), for greedy (False), or leaves it open (None)."""
         if self.do_sample is not None:

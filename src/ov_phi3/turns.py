@@ -40,13 +40,12 @@ class Turns:
         self._lock = threading.RLock()
         self._line: deque[Turn] = deque()
 
-    def join(self, turn: Turn) -> Turn:
+    def join(self, turn: Turn) -> None:
         """Take the last place."""
         with self._lock:
             self._line.append(turn)
             if self._line[0] is turn:
                 turn.call()
-        return turn
 
     def begin(self, turn: Turn) -> bool:
         """Wait for the turn and begin it; False when it was given up first."""

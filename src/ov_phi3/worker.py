@@ -100,8 +100,7 @@ class Reply:
     def _generate(self, backend: Backend) -> GenerationResult:
         self._channel.on_cancel(None)
         self._started = now()
-        config = self._request.config
-        if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        if self._request.config._is_search():
             return self._search(backend)
         report = backend.generate(self._request, never_raises(self._emit, self._failed))
         if self._failure is not None:

@@ -87,18 +87,13 @@ def _generate(args: argparse.Namespace) -> int:
             report = {**result.to_dict(), "device": pipe.device.name, "device_name": pipe.device.full_name}
             print(json.dumps(report, indent=2))
             return 0
-        if pipe_streams(config):
-            result, interrupted = _show(pipe.stream(prompt, config))
-        else:
+        if config._is_search():
             result, interrupted = pipe.generate(prompt, config), False
             print(result.text)
+        else:
+            result, interrupted = _show(pipe.stream(prompt, config))
         terminal.note(_latency(result))
     return 130 if interrupted else 0
-
-
-def pipe_streams(config: GenerationConfig) -> bool:
-    """Whether a reply with these options can be streamed."""
-    return (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
 
 
 def _chat(args: argparse.Namespace) -> int:
