@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ov_phi3.backends import Emit, EngineReport, Hypothesis, Request
+from ov_phi3.backends import Emit, EngineReport, Hypothesis, PrefixCache, Request
 
 
 @dataclass
@@ -21,6 +21,10 @@ class ScriptedBackend:
     running: int = 0
     most_running: int = 0
     closed: bool = False
+    prefix_cache: PrefixCache | None = None
+
+    def caches(self, request: Request) -> bool:
+        return self.prefix_cache is not None
 
     def generate(self, request: Request, emit: Emit) -> EngineReport:
         self.requests.append(request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,10 @@ class Probe:
         used = self._text(cgroup / "memory.current").strip()
         if limit.isdigit():
             total = min(total, int(limit))
-            available = min(available, max(0, int(limit) - int(used if used.isdigit() else 0)))
+            # Cached files count as used, and are given up when memory is needed.
+            cached = re.search(r"^inactive_file (\d+)$", self._text(cgroup / "memory.stat"), re.MULTILINE)
+            taken = int(used if used.isdigit() else 0) - int(cached[1] if cached else 0)
+            available = min(available, max(0, int(limit) - taken))
         return Memory(total, available)
 
     @staticmethod

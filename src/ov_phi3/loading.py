@@ -4,25 +4,31 @@ token.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
 from ov_phi3.backends import BACKENDS, Backend, Request
+from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
 from ov_phi3.compile_cache import cache_key, load_guarded, prepare
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.generator import PREFILL_CHUNK, Generator
+from ov_phi3.kv_cache import BlockLedger
+from ov_phi3.kv_pool import KVPool, plan
 from ov_phi3.model_info import ModelInfo
 from ov_phi3.pipeline import Pipeline
 from ov_phi3.template import ChatTemplate, Message
 from ov_phi3.tokenizer import Tokenizer
+from ov_phi3.worker import first_sentence
 
 if TYPE_CHECKING:
     from ov_phi3.device import DeviceInfo
@@ -67,6 +73,7 @@ def load(
     ov_config: Mapping[str, Any] | None = None,
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
+    prefill_chunk: int | None = None,
     template: ChatTemplate | None = None,
 ) -> Pipeline:
     """Load an exported model.
@@ -77,14 +84,18 @@ def load(
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`.
         ov_config: OpenVINO properties, laid over the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1` and
             `CACHE_DIR=""`. A `CACHE_DIR` is kept apart by model, versions, driver and device, and checked by a canary.
-        context_length: tokens that prompt and reply share; default: the model's own.
-        kv_cache_gb: most memory for the KV cache, in GiB; default: as it grows.
+            A model with float32 weights also computes and caches in float32 on the CPU.
+        context_length: tokens that prompt and reply share; default: the model's own, or what the memory holds.
+        kv_cache_gb: most memory for the KV cache, in GiB; default: enough for one conversation of `context_length` on
+            the CPU, as it grows on a GPU.
+        prefill_chunk: prompt tokens computed at once; between two such pieces progress is told and a reply can be
+            cancelled. Default 512; 0 computes whole prompts.
         template: the chat layout; default: the one that the model's own chat template describes.
 
     Raises:
         ModelError: the directory is missing, incomplete, broken, not exported, or of another architecture.
         DeviceError: the device is not there or cannot run the model, or the OpenVINO packages do not fit together.
-        ConfigError: an unknown backend or property, or a value out of range.
+        ConfigError: an unknown backend or property, a value out of range, or a window that the memory cannot hold.
         TypeError: an argument of the wrong type.
 
     Warns:
@@ -101,30 +112,26 @@ def load(
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     defaults, doubts = _model_defaults(info)
-    window = _context_length(context_length, info)
+    _check_window(context_length, info)
+    chunk = _chunk(prefill_chunk)
     chosen = _device(device)
-    properties = devices.merge_config(chosen, ov_config)
-    if kv_cache_gb is not None:
-        window = min(window, _limit_cache(properties, kv_cache_gb, info, chosen))
+    properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
+    pool = plan(info, chosen, properties, context_length=context_length, kv_cache_gb=kv_cache_gb)
     tokenizer, tokenizer_ms = _timed(
         lambda: Tokenizer(info.path, template or ChatTemplate.for_info(info), vocab_size=info.vocab_size)
     )
-    (engine, cache, cache_dir), model_ms = _timed(lambda: _open(info, chosen, properties, tokenizer))
+    opened, model_ms = _timed(lambda: _open(info, chosen, properties, pool, tokenizer, kv_cache_gb is not None))
+    engine = opened.engine
+    doubts += [*pool.doubts, *opened.doubts, *engine.doubts]
     if template is None:
         doubts += _template_doubts(engine, tokenizer.template, info.chat_template)
-    if info.rope_boundary is not None and window > info.rope_boundary:
-        doubts.append(
-            f"this LongRoPE model rotates keys differently past {info.rope_boundary} tokens, and keys that were cached "
-            "before a reply or chat crosses that length stay as they were: what follows is not exact. Pass "
-            f"context_length={info.rope_boundary}, or keep prompt and reply on one side of it."
-        )
     report = LoadReport(
         model_ms=model_ms,
         tokenizer_ms=tokenizer_ms,
         total_ms=(time.perf_counter() - begun) * 1000.0,
-        cache=cache,
-        cache_dir=cache_dir,
-        ov_config=properties,
+        cache=opened.cache,
+        cache_dir=opened.cache_dir,
+        ov_config=opened.properties,
         warnings=(*info.warnings, *doubts),
     )
     for doubt in report.warnings:
@@ -135,9 +142,16 @@ def load(
         tokenizer=tokenizer,
         device=chosen,
         backend=engine,
-        context_length=window,
+        context_length=pool.window,
         defaults=defaults,
         load_report=report,
+        generator=Generator(
+            ledger=opened.ledger,
+            rope_boundary=info.rope_boundary if (info.rope_boundary or 0) < pool.window else None,
+            chunk=chunk,
+            assisted_tokens=_ASSISTED if {"prompt_lookup", "draft_model"} & properties.keys() else 0,
+        ),
+        pool=pool,
     )
 
 
@@ -155,14 +169,33 @@ def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
         raise ModelError(f"{info.path / 'generation_config.json'}: {exc} Correct the file or export again.") from exc
 
 
-def _context_length(wanted: int | None, info: ModelInfo) -> int:
+def _check_window(wanted: int | None, info: ModelInfo) -> None:
     if wanted is None:
-        return info.context_length
+        return
     if isinstance(wanted, bool) or not isinstance(wanted, int):
         raise TypeError(f"context_length must be a whole number of tokens, not {wanted!r}")
     if not 2 <= wanted <= info.context_length:
         raise ConfigError(f"context_length={wanted}; expected 2 to {info.context_length}, the model's own.")
+
+
+def _chunk(wanted: int | None) -> int:
+    if wanted is None:
+        return PREFILL_CHUNK
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise TypeError(f"prefill_chunk must be a whole number of tokens, not {wanted!r}")
+    if wanted < 0:
+        raise ConfigError(f"prefill_chunk={wanted}; expected a number of tokens, or 0 for whole prompts.")
     return wanted
+
+
+def _exact(info: ModelInfo, device: DeviceInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Float32 throughout for a model with float32 weights on the CPU, which would take bfloat16 where it can.
+
+    Who exports float32 wants the model's own numbers. A precision that the user names is left alone.
+    """
+    if device.kind != "CPU" or info.quantization != "f32" or "INFERENCE_PRECISION_HINT" in given:
+        return {}
+    return {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def _device(name: str) -> DeviceInfo:
@@ -173,56 +206,74 @@ def _device(name: str) -> DeviceInfo:
     return chosen
 
 
-def _limit_cache(properties: dict[str, Any], gib: float, info: ModelInfo, device: DeviceInfo) -> int:
-    """Put a limit on the KV cache into the properties; returns the tokens that fit it.
+_ASSISTED = 5
+"""Candidates per step of prompt lookup and draft models, where a request does not say; GenAI's own default."""
 
-    Counted at float16, which is what GPUs hold; a CPU holds 8 bits by default and stays below the limit.
-    """
-    if isinstance(gib, bool) or not isinstance(gib, (int, float)):
-        raise TypeError(f"kv_cache_gb must be a number of GiB, not {gib!r}")
-    if "scheduler_config" in properties:
-        raise ConfigError("kv_cache_gb and ov_config['scheduler_config'] both limit the KV cache; give one of them.")
-    block = 16 if device.kind == "GPU" else 32  # tokens per block of GenAI's paged attention
-    if not gib <= 2**20:
-        raise ConfigError(f"kv_cache_gb={gib}; expected a number of GiB that a machine can have.")
-    blocks = int(gib * 2**30 / (info.kv_bytes_per_token * block)) if gib > 0 else 0
-    if blocks < 2:
-        least = 2 * block * info.kv_bytes_per_token / 2**30
-        raise ConfigError(f"kv_cache_gb={gib} holds no conversation; this model needs at least {least:.4f} GiB.")
-    import openvino_genai
 
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.num_kv_blocks = blocks
-    scheduler.enable_prefix_caching = True
-    # As in GenAI's own latency setting: a whole prompt in one step. The default of 256 is meant for many users at once.
-    scheduler.max_num_batched_tokens = 2**31 - 1
-    properties["scheduler_config"] = scheduler
-    return (blocks - 1) * block
+@dataclass(frozen=True)
+class _Opened:
+    """An engine, and how it was opened."""
+
+    engine: LLMPipelineBackend
+    cache: str
+    cache_dir: Path | None
+    ledger: BlockLedger | None
+    properties: dict[str, Any]
+    doubts: tuple[str, ...] = ()
 
 
 def _open(
-    info: ModelInfo, device: DeviceInfo, properties: dict[str, Any], tokenizer: Tokenizer
-) -> tuple[Backend, str, Path | None]:
-    """The engine, and how a compile cache was used."""
-    from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
-
-    def compile_with(cache_dir: str) -> Backend:
-        return LLMPipelineBackend(info.path, device.name, {**properties, "CACHE_DIR": cache_dir})
-
-    def canary(engine: Backend) -> list[int]:
-        return _canary(engine, info, tokenizer)
-
-    base = properties["CACHE_DIR"]
+    info: ModelInfo, device: DeviceInfo, given: dict[str, Any], pool: KVPool, tokenizer: Tokenizer, must_page: bool
+) -> _Opened:
+    """The engine: on paged attention, or without it where it cannot have that."""
     try:
-        if not base:
-            return compile_with(""), "off", None
-        folder = prepare(base, cache_key(info.fingerprint, versions.installed(), device, properties))
-        engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
+        return _open_with(info, device, pool.properties(given), pool, tokenizer)
     except Error:
         raise
     except Exception as exc:
+        if pool.scheduler and not must_page and "ATTENTION_BACKEND" not in given:
+            with contextlib.suppress(Exception):
+                opened = _open_with(info, device, {**given, "ATTENTION_BACKEND": "SDPA"}, pool, tokenizer)
+                doubt = (
+                    f"{device.name} did not take paged attention ({first_sentence(exc)}): there is no prefix cache, "
+                    "and every turn of a chat is computed whole."
+                )
+                return replace(opened, doubts=(doubt,))
         raise _explained(exc, info, device) from exc
-    return engine, state, folder
+
+
+def _open_with(
+    info: ModelInfo, device: DeviceInfo, properties: dict[str, Any], pool: KVPool, tokenizer: Tokenizer
+) -> _Opened:
+    def compile_with(cache_dir: str) -> LLMPipelineBackend:
+        return LLMPipelineBackend(
+            info.path,
+            device.name,
+            {**properties, "CACHE_DIR": cache_dir},
+            block_size=pool.layout.block_size,
+            rope_boundary=info.rope_boundary,
+        )
+
+    probe = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
+    base, folder, state = properties["CACHE_DIR"], None, "off"
+    seen: list[int] = []
+    if not base:
+        engine = compile_with("")
+    else:
+        # A scheduler has no bearing on what is compiled, and its text is not the same twice.
+        compiled = {k: v for k, v in properties.items() if k != "scheduler_config"}
+        folder = prepare(base, cache_key(info.fingerprint, versions.installed(), device, compiled))
+
+        def canary(loaded: LLMPipelineBackend) -> list[int]:
+            seen[:] = _canary(loaded, probe, info)
+            return seen
+
+        engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
+    rules = engine.prefix_cache
+    ledger = None if rules is None else BlockLedger(rules.block_size, rules.num_blocks)
+    if ledger is not None and seen:
+        ledger.record(probe, seen[:-1], longest=len(seen), exact=True)
+    return _Opened(engine, state, folder, ledger, properties)
 
 
 def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
@@ -240,9 +291,8 @@ def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
     return found
 
 
-def _canary(engine: Backend, info: ModelInfo, tokenizer: Tokenizer) -> list[int]:
+def _canary(engine: Backend, ids: Any, info: ModelInfo) -> list[int]:
     """Eight greedy ids to a fixed prompt."""
-    ids = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
     config = GenerationConfig(max_new_tokens=8, do_sample=False, ignore_eos=True).resolve(room=8)
     seen: list[int] = []
 

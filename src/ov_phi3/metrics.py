@@ -21,8 +21,8 @@ class Metrics:
     Attributes:
         prompt_tokens: length of the prompt.
         generated_tokens: length of the reply, end token included.
-        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where the engine does not
-            tell.
+        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where that cannot be known
+            (beam search, and a scheduler of the caller's own with cache eviction).
         ttft_ms: time to first token, from the request to the first token id (None if there was none).
         first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` where the first tokens
             are half a character or may begin a stop string.
@@ -33,6 +33,8 @@ class Metrics:
         token_times_ms: when each token came, counted from the request. Tokens that came in one step have one time.
         engine_ttft_ms: time to first token by the engine's own clock; None where it has none.
         engine_tpot_ms: mean gap between tokens by the engine's own clock; None where it has none.
+        recomputed_tokens: tokens computed a second time because the reply grew past the LongRoPE boundary; the gap
+            before the first token past it holds that prefill. 0 for all other replies and models.
     """
 
     prompt_tokens: int
@@ -46,6 +48,7 @@ class Metrics:
     token_times_ms: tuple[float, ...]
     engine_ttft_ms: float | None = None
     engine_tpot_ms: float | None = None
+    recomputed_tokens: int = 0
 
     @property
     def inter_token_ms(self) -> tuple[float, ...]:
@@ -62,11 +65,14 @@ class Metrics:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
     def __str__(self) -> str:
-        parts = [f"{self.prompt_tokens} prompt tokens", f"{self.generated_tokens} new"]
+        reused = f" ({self.reused_tokens} from the cache)" if self.reused_tokens else ""
+        parts = [f"{self.prompt_tokens} prompt tokens{reused}", f"{self.generated_tokens} new"]
         if self.ttft_ms is not None:
             parts.append(f"first token {self.ttft_ms:.0f} ms")
         if self.tpot_ms is not None:
             parts.append(f"{self.tpot_ms:.1f} ms per token ({self.tokens_per_second:.1f} tokens/s)")
+        if self.recomputed_tokens:
+            parts.append(f"{self.recomputed_tokens} tokens computed again past the LongRoPE boundary")
         return ", ".join(parts)
 
     @classmethod
@@ -82,6 +88,7 @@ class Metrics:
         reused_tokens: int | None = None,
         engine_ttft_ms: float | None = None,
         engine_tpot_ms: float | None = None,
+        recomputed_tokens: int = 0,
     ) -> Metrics:
         """From stamps of one clock, in seconds: request, start of the engine, each token, first text, end."""
 
@@ -101,4 +108,5 @@ class Metrics:
             token_times_ms=tuple((t - requested) * 1000.0 for t in tokens),
             engine_ttft_ms=engine_ttft_ms,
             engine_tpot_ms=engine_tpot_ms,
+            recomputed_tokens=recomputed_tokens,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,12 +13,15 @@ from ov_phi3.backends import Backend, Request
 from ov_phi3.chat import Chat
 from ov_phi3.errors import ClosedError, ConfigError, ContextOverflowError, PromptError
 from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.generator import Generator
+from ov_phi3.kv_cache import KVLayout
+from ov_phi3.kv_pool import KVPool
 from ov_phi3.results import GenerationResult
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import Tokenizer, as_ids
 from ov_phi3.turns import Turn, Turns
-from ov_phi3.worker import Reply
+from ov_phi3.worker import OnEnd, OnPrefill, Reply
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +60,8 @@ class Pipeline:
         context_length: int,
         defaults: GenerationConfig,
         load_report: LoadReport,
+        generator: Generator | None = None,
+        pool: KVPool | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -64,6 +69,8 @@ class Pipeline:
         self.context_length = context_length
         self.defaults = defaults
         self.load_report = load_report
+        self._generator = generator or Generator()
+        self._pool = pool or KVPool(KVLayout(block_size=32), 0, context_length, scheduler=False)
         self._backend: Backend | None = backend
         self._turns = Turns()
         self._state = threading.Lock()
@@ -76,12 +83,22 @@ class Pipeline:
 
     # -- generating --------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> GenerationResult:
+    def generate(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
+        **options: Any,
+    ) -> GenerationResult:
         """The whole reply to a prompt.
 
         Args:
             prompt: a string (one user message), a list of messages, `Raw` text, or token ids.
             config: how to generate; `options` are laid over it.
+            on_prefill: called with the prompt tokens that are prefilled and their total: at the start (what the cache
+                had), after every piece of a long prompt, and with the first token. It runs in the reply's own thread;
+                what it raises ends the reply and is raised here.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -91,29 +108,38 @@ class Pipeline:
             GenerationError: the engine failed.
             ClosedError: the pipeline was closed.
         """
-        return self._start(prompt, config, options, streams=False).result
+        return self._start(prompt, config, options, streams=False, on_prefill=on_prefill).result
 
-    def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> TokenStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
+        **options: Any,
+    ) -> TokenStream:
         """The reply as it comes; generation starts at once. Arguments and errors are those of `generate`."""
-        return self._start(prompt, config, options, streams=True)
+        return self._start(prompt, config, options, streams=True, on_prefill=on_prefill)
 
-    def chat(self, *, system: str | None = None, overflow: str = "error") -> Chat:
+    def chat(self, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep") -> Chat:
         """A conversation that keeps the exact token ids of every turn, so that its KV cache is used again.
 
         Args:
             system: a system message.
-            overflow: what to do with a turn that no longer fits the context window: "error" raises
-                `ContextOverflowError` and leaves the conversation as it was.
+            overflow: what to do with a turn that no longer fits the context window. "error" raises
+                `ContextOverflowError` and leaves the conversation as it was. "drop_oldest" drops whole turns, oldest
+                first, until half of the window is free; never the system message and never the new message.
+            on_cancel: what becomes of a turn whose reply is cancelled: "keep" keeps the part that came, "drop" leaves
+                the conversation as it was before the turn. Each turn can choose for itself.
 
         Raises:
-            ConfigError: another `overflow`.
+            ConfigError: another `overflow` or `on_cancel`.
             TemplateError: a system message for a layout that has no system turn.
+            ContextOverflowError: the system message alone fills the context window.
             ClosedError: the pipeline was closed.
         """
         self._engine()
-        if overflow != "error":
-            raise ConfigError(f"overflow={overflow!r}; expected 'error', the only policy of this release.")
-        return Chat(self, system=system)
+        return Chat(self, system=system, overflow=overflow, on_cancel=on_cancel)
 
     def encode(self, prompt: Prompt) -> NDArray[np.int64]:
         """The prompt as it goes to the engine: token ids, int64, shape [tokens]; the template is applied exactly once.
@@ -187,15 +213,18 @@ class Pipeline:
         options: Mapping[str, Any],
         *,
         streams: bool,
-        on_end: Callable[[GenerationResult | None], None] | None = None,
+        on_end: OnEnd | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> TokenStream:
         requested = now()
         self._engine()
+        if on_prefill is not None and not callable(on_prefill):
+            raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
         wanted = self._config(config, options)
         ids = self.encode(prompt)
         request = Request(ids, self._resolve(wanted, len(ids), streams=streams), self.info.eos_token_ids)
         channel = Channel()
-        reply = Reply(request, self.tokenizer, channel, requested, on_end)
+        reply = Reply(request, self._generator, self.tokenizer, channel, requested, on_end, on_prefill)
         engine, turns = self._engine, self._turns
         turn = Turn()
         try:
@@ -234,7 +263,42 @@ class Pipeline:
         wrong = [i for i in resolved.stop_token_ids or () if i >= self.info.vocab_size]
         if wrong:
             raise ConfigError(f"stop_token_ids holds {wrong[0]}; ids go from 0 to {self.info.vocab_size - 1}.")
-        return resolved
+        return self._before_boundary(wanted, resolved, prompt_tokens)
+
+    def _before_boundary(
+        self, wanted: GenerationConfig, resolved: GenerationConfig, prompt_tokens: int
+    ) -> GenerationConfig:
+        """End a reply at the LongRoPE boundary where an option of it could not be carried across."""
+        room = self._generator.reply_room(prompt_tokens)
+        limit = resolved.max_new_tokens or 0
+        if room is None or limit <= room or (why := self._cannot_cross(resolved)) is None:
+            return resolved
+        if self._generator.assisted_tokens:
+            room -= self._generator.assisted_tokens  # candidates are computed together with the token before them
+        if room < 1 or wanted.max_new_tokens is not None or wanted.max_length is not None:
+            raise ConfigError(
+                f"{why} cannot be carried past {self.info.rope_boundary} tokens, where this LongRoPE model is computed "
+                f"afresh: the prompt has {prompt_tokens} tokens and the reply may have {limit}. "
+                + (f"Ask for at most {room} new tokens, or leave the option out." if room > 0 else "Leave it out.")
+            )
+        return resolved.replace(max_new_tokens=room, min_new_tokens=min(resolved.min_new_tokens or 0, room))
+
+    def _cannot_cross(self, config: GenerationConfig) -> str | None:
+        """The option whose state the engine keeps from the reply's first token on, if there is one."""
+        if self._generator.assisted_tokens:
+            return "speculative decoding"
+        for name in ("json_schema", "regex", "grammar"):
+            if getattr(config, name) is not None:
+                return name
+        for name, idle in (
+            ("presence_penalty", 0.0),
+            ("frequency_penalty", 0.0),
+            ("num_beams", 1),
+            ("num_return_sequences", 1),
+        ):
+            if getattr(config, name) != idle:
+                return f"{name}={getattr(config, name)}"
+        return None
 
     def _check_room(self, wanted: GenerationConfig, prompt_tokens: int, room: int) -> None:
         if room < 1:
@@ -248,10 +312,14 @@ class Pipeline:
         else:
             return
         advice = "Shorten the prompt" + (f", or ask for at most {room} new tokens." if room > 0 else ".")
-        raise ContextOverflowError(
-            f"{problem}; prompt and reply share a context window of {self.context_length} tokens. {advice}",
+        raise self._overflow(problem, prompt_tokens, wanted.max_new_tokens, advice)
+
+    def _overflow(self, problem: str, prompt_tokens: int, new: int | None, advice: str) -> ContextOverflowError:
+        return ContextOverflowError(
+            f"{problem}; prompt and reply share a context window of {self.context_length} tokens"
+            f"{self._pool.because}. {advice}",
             prompt_tokens=prompt_tokens,
-            max_new_tokens=wanted.max_new_tokens,
+            max_new_tokens=new,
             context_length=self.context_length,
         )
 

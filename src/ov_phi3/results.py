@@ -59,6 +59,8 @@ class GenerationResult:
         prompt_token_ids: the prompt's ids.
         stop_string: the stop string that ended it, or None.
         alternatives: with beams or `num_return_sequences`, all replies, this one first; otherwise empty.
+        dropped_messages: in a chat with `overflow="drop_oldest"`, the messages that were dropped to make room for this
+            turn, oldest first; otherwise empty.
     """
 
     text: str
@@ -69,6 +71,7 @@ class GenerationResult:
     prompt_token_ids: list[int] = field(repr=False)
     stop_string: str | None = None
     alternatives: tuple[Alternative, ...] = ()
+    dropped_messages: list[dict[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.text
@@ -86,4 +89,5 @@ class GenerationResult:
                 {"text": a.text, "token_ids": a.token_ids, "finish_reason": a.finish_reason, "score": a.score}
                 for a in self.alternatives
             ],
+            "dropped_messages": self.dropped_messages,
         }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ov_phi3.backends import Backend, EngineReport, Request
 from ov_phi3.decoding import StopMatcher
 from ov_phi3.errors import ConfigError, Error, GenerationError
+from ov_phi3.generator import Cancelled, Generator
 from ov_phi3.metrics import Metrics
 from ov_phi3.results import Alternative, FinishReason, GenerationResult, StreamChunk
 from ov_phi3.stream import Channel, never_raises, now
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from ov_phi3.tokenizer import Tokenizer
     from ov_phi3.turns import Turn, Turns
 
-__all__ = ["Reply"]
+__all__ = ["OnEnd", "OnPrefill", "Reply"]
+
+OnEnd = Callable[[GenerationResult | None], GenerationResult | None]
+
+OnPrefill = Callable[[int, int], object]
+"""Told how many prompt tokens are prefilled, of how many; runs in the reply's own thread."""
 
 
 def first_sentence(exc: BaseException) -> str:
@@ -29,31 +35,42 @@ def first_sentence(exc: BaseException) -> str:
     return text if text.endswith(".") else text + "."
 
 
+class _CallbackFailed(Exception):  # noqa: N818 - what failed is its cause
+    """A callback of the caller's raised."""
+
+
 class Reply:
     """Builds one reply from an engine's ids, and hands it to a channel.
 
     Args:
         request: what is asked of the engine.
+        generator: asks it.
         tokenizer: makes text of ids.
         channel: where chunks, the result or the error go.
         requested: when the caller asked, by `stream.now`.
-        on_end: told the result, or None after a failure, before the consumer is; for who keeps a record of the
-            conversation.
+        on_end: given the result, or None after a failure, before the consumer is, and gives back what the consumer
+            gets; for who keeps a record of the conversation.
+        on_prefill: told the progress of the prefill; what it raises ends the reply and reaches the consumer.
     """
 
     def __init__(
         self,
         request: Request,
+        generator: Generator,
         tokenizer: Tokenizer,
         channel: Channel,
         requested: float,
-        on_end: Callable[[GenerationResult | None], None] | None = None,
+        on_end: OnEnd | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> None:
         self._request = request
+        self._generator = generator
         self._tokenizer = tokenizer
         self._channel = channel
         self._requested = requested
         self._on_end = on_end
+        self._on_prefill = on_prefill
+        self._prefilled = -1
         self._decoder = tokenizer.stream_decoder()
         self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
         self._ids: list[int] = []
@@ -74,6 +91,8 @@ class Reply:
             )
         except Error as exc:
             self._end(None, exc)
+        except _CallbackFailed as exc:
+            self._end(None, exc.__cause__)
         except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
             error = self._explained(exc)
             error.__cause__ = exc
@@ -90,22 +109,36 @@ class Reply:
             return ConfigError(f"{structure[0]} was not accepted: {first_sentence(exc)}")
         return GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
 
-    def _end(self, result: GenerationResult | None, error: Error | None) -> None:
+    def _end(self, result: GenerationResult | None, error: BaseException | None) -> None:
         try:
             if self._on_end is not None:
-                self._on_end(result)
+                result = self._on_end(result)
         finally:
             self._channel.end(result, error, last=self._last if result is not None else None)
 
     def _generate(self, backend: Backend) -> GenerationResult:
         self._channel.on_cancel(None)
         self._started = now()
-        if self._request.config._is_search():
-            return self._search(backend)
-        report = backend.generate(self._request, never_raises(self._emit, self._failed))
+        try:
+            if self._request.config._is_search():
+                return self._search(backend)
+            emit = never_raises(self._emit, self._failed)
+            report = self._generator.generate(backend, self._request, emit, self._watch)
+        except Cancelled:
+            return self._cancelled()
         if self._failure is not None:
             raise self._failure
         return self._finish(report)
+
+    def _watch(self, done: int, total: int) -> bool:
+        """Hand on the progress of the prefill, each figure once."""
+        if self._on_prefill is not None and done > self._prefilled and not self._channel.cancelled:
+            self._prefilled = done
+            try:
+                self._on_prefill(done, total)
+            except BaseException as exc:
+                raise _CallbackFailed from exc
+        return not self._channel.cancelled
 
     def _failed(self, exc: BaseException) -> None:
         self._failure = exc
@@ -115,6 +148,8 @@ class Reply:
         if self._channel.cancelled or self._stops.matched is not None or len(self._ids) >= self._limit:
             return False
         stamp = now()
+        if not self._ids:
+            self._watch(len(self._request.ids), len(self._request.ids))
         # Speculative steps can bring more tokens than were asked for.
         step = list(ids[: self._limit - len(self._ids)])
         self._ids += step
@@ -153,7 +188,7 @@ class Reply:
         return "stop"
 
     def _cancelled(self) -> GenerationResult:
-        """The result of a request that was cancelled before its turn came."""
+        """The result of a request that was cancelled before its turn, or its first token, came."""
         return self._finish(None)
 
     def _result(
@@ -167,6 +202,7 @@ class Reply:
             ended=now(),
             prompt_tokens=len(self._request.ids),
             reused_tokens=report.reused_tokens if report else None,
+            recomputed_tokens=report.recomputed_tokens if report else 0,
             engine_ttft_ms=report.ttft_ms if report else None,
             engine_tpot_ms=report.tpot_ms if report else None,
         )
@@ -185,13 +221,15 @@ class Reply:
 
     def _search(self, backend: Backend) -> GenerationResult:
         """Beams or several samples: nothing is streamed, so the first token comes with the last."""
-        found = [self._alternative(h.ids, h.score, h.hit_limit) for h in backend.search(self._request)]
+        hypotheses, reused = self._generator.search(backend, self._request, self._watch)
+        found = [self._alternative(h.ids, h.score, h.hit_limit) for h in hypotheses]
         best, self._stops.matched = found[0]
         self._ids, self._texts = best.token_ids, [best.text]
         self._first_text = now()
         self._stamps = [self._first_text] * len(best.token_ids)
         self._last = StreamChunk(best.text, best.token_ids, best.finish_reason)
-        return self._result(best.finish_reason, None, tuple(a for a, _ in found))
+        report = EngineReport(hypotheses[0].hit_limit, reused_tokens=reused)
+        return self._result(best.finish_reason, report, tuple(a for a, _ in found))
 
     def _alternative(self, ids: list[int], score: float, hit_limit: bool) -> tuple[Alternative, str | None]:
         config = self._request.config

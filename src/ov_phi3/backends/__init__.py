@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BACKENDS", "Backend", "Emit", "EngineReport", "Hypothesis", "Request"]
+__all__ = ["BACKENDS", "Backend", "Emit", "EngineReport", "Hypothesis", "PrefixCache", "Request"]
 
 BACKENDS = ("llm_pipeline",)
 """Names that `load(backend=...)` takes."""
@@ -29,11 +29,13 @@ class Request:
         ids: the prompt, int64, shape [tokens].
         config: fully resolved.
         end_ids: ids that end the reply.
+        past_boundary: the sequence is past the LongRoPE boundary, so that no keys of a shorter one may serve it.
     """
 
     ids: NDArray[np.int64]
     config: GenerationConfig
     end_ids: tuple[int, ...]
+    past_boundary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,28 @@ class EngineReport:
         hit_limit: it ended at its length limit.
         ttft_ms: the engine's own time to first token, in milliseconds, or None.
         tpot_ms: the engine's own mean time per further token, in milliseconds, or None.
-        reused_tokens: prompt tokens found in the cache, or None where the engine does not tell.
+        reused_tokens: prompt tokens found in the cache, or None where that cannot be known.
+        recomputed_tokens: tokens computed a second time, as the reply grew past the LongRoPE boundary.
     """
 
     hit_limit: bool
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     reused_tokens: int | None = None
+    recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCache:
+    """An engine's prefix cache, as `BlockLedger` keeps its books.
+
+    Attributes:
+        block_size: tokens per block.
+        num_blocks: places; 0 for a cache that grows.
+    """
+
+    block_size: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,15 @@ class Hypothesis:
 
 class Backend(Protocol):
     """One engine with one model loaded. Called from one thread at a time."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """Its prefix cache; None where it has none, or one whose rules are not known."""
+        ...
+
+    def caches(self, request: Request) -> bool:
+        """Whether this request uses the prefix cache."""
+        ...
 
     def generate(self, request: Request, emit: Emit) -> EngineReport:
         """Stream one reply; returns when it has ended or `emit` said False."""

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.backends import EngineReport, Hypothesis
+import numpy as np
+
+from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
+from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
 from ov_phi3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,34 +26,121 @@ _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngra
 
 
 class LLMPipelineBackend:
-    """One `LLMPipeline`. By default it runs on paged attention with prefix caching; see `ATTENTION_BACKEND`."""
+    """One `LLMPipeline`.
 
-    def __init__(self, model_dir: Path, device: str, properties: Mapping[str, Any]) -> None:
+    On paged attention it has a prefix cache; with `ATTENTION_BACKEND="SDPA"` it has none, and every prompt is computed
+    whole. A LongRoPE model is loaded with `longrope_ir`'s edit, so that one cache can serve both sides of the boundary.
+
+    Args:
+        model_dir: an exported model.
+        device: an OpenVINO device name.
+        properties: for `LLMPipeline`; a `scheduler_config` in them means paged attention.
+        block_size: tokens per block of the prefix cache on this device.
+        rope_boundary: see `ModelInfo.rope_boundary`.
+
+    Attributes:
+        doubts: what works, but not as it should; sentences.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        device: str,
+        properties: Mapping[str, Any],
+        *,
+        block_size: int = 32,
+        rope_boundary: int | None = None,
+    ) -> None:
         import openvino_genai
 
         self._genai = openvino_genai
         self._assisted = bool(properties.get("prompt_lookup") or properties.get("draft_model"))
-        self._pipeline: Any = openvino_genai.LLMPipeline(str(model_dir), device, **properties)
+        self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
+        self._boundary = rope_boundary
+        self._uncached: Any = None
+        self._weights: Any = None
+        self.doubts: list[str] = []
+        scheduler: Any = properties.get("scheduler_config")
+        self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
+        self._rules_known = self._caches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
+        self._block_size = block_size
+        self._marks = False
+        self._pipeline: Any = self._load()
+
+    def _load(self) -> Any:
+        """The pipeline; a LongRoPE model on paged attention with its graph edited, or without a prefix cache."""
+        if self._boundary is not None and self._caches:
+            xml = self._model_dir / "openvino_model.xml"
+            try:
+                graph = with_marked_ids(xml, self._boundary)
+            except UnknownGraph as exc:
+                self._caches = self._rules_known = False
+                self._properties["scheduler_config"].enable_prefix_caching = False
+                self.doubts.append(
+                    f"this LongRoPE model was exported in a way that is not known here ({exc}): it runs without a "
+                    "prefix cache, so that every turn of a chat is computed whole. Export it again with the current version."
+                )
+            else:
+                self._marks = True
+                return self._open_edited(graph, xml.with_suffix(".bin"))
+        return self._genai.LLMPipeline(str(self._model_dir), self._device, **self._properties)
+
+    def _open_edited(self, graph: str, weights: Path) -> Any:
+        import openvino
+
+        # Copy on write: OpenVINO wants an array that it may write to, and pages that nobody writes stay the file's.
+        self._weights = openvino.Tensor(np.memmap(weights, dtype=np.uint8, mode="c"), shared_memory=True)
+        tokenizer = self._genai.Tokenizer(str(self._model_dir))
+        return self._genai.LLMPipeline(graph, self._weights, tokenizer, self._device, **self._properties)
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The prefix cache; None without one, and with eviction or sparse attention, whose rules are others."""
+        if not self._rules_known:
+            return None
+        return PrefixCache(self._block_size, int(self._properties["scheduler_config"].num_kv_blocks))
+
+    def caches(self, request: Request) -> bool:
+        """Whether the prefix cache serves this request."""
+        return self._caches and not self._needs_plain_ids(request)
+
+    def _needs_plain_ids(self, request: Request) -> bool:
+        """A repetition penalty reads the prompt's ids, and refuses marked ones."""
+        return request.past_boundary and self._caches and request.config.repetition_penalty not in (None, 1.0)
 
     def generate(self, request: Request, emit: Emit) -> EngineReport:
         """Stream one reply."""
         streamer = _streamer_class()(emit)
-        out = self._pipeline.generate(self._tensor(request), self._config(request), streamer)
+        out = self._engine(request).generate(self._tensor(request), self._config(request), streamer)
         perf = out.perf_metrics
         tokens = perf.get_num_generated_tokens()
         return EngineReport(
             hit_limit=self._hit_limit(out, 0),
             ttft_ms=float(perf.get_ttft().mean) if tokens else None,
             tpot_ms=float(perf.get_tpot().mean) if tokens > 1 else None,
+            reused_tokens=None if self.caches(request) else 0,
         )
 
     def search(self, request: Request) -> list[Hypothesis]:
         """Several replies at once, best first."""
-        out = self._pipeline.generate(self._tensor(request), self._config(request))
+        out = self._engine(request).generate(self._tensor(request), self._config(request))
         return [
             Hypothesis([int(t) for t in ids], float(score), self._hit_limit(out, i))
             for i, (ids, score) in enumerate(zip(out.tokens, out.scores, strict=True))
         ]
+
+    def _engine(self, request: Request) -> Any:
+        """The pipeline; for a request that the prefix cache must not serve, a second one without a cache.
+
+        It is loaded when the first such request comes, and takes the memory of the model once more.
+        """
+        if not self._needs_plain_ids(request):
+            return self._pipeline
+        if self._uncached is None:
+            properties = {k: v for k, v in self._properties.items() if k != "scheduler_config"}
+            properties["ATTENTION_BACKEND"] = "SDPA"
+            self._uncached = self._genai.LLMPipeline(str(self._model_dir), self._device, **properties)
+        return self._uncached
 
     def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
         """What a Jinja chat template gives, by GenAI's own interpreter; None where that cannot run it."""
@@ -63,12 +153,15 @@ class LLMPipelineBackend:
 
     def close(self) -> None:
         """Free the model."""
-        self._pipeline = None
+        self._pipeline = self._uncached = self._weights = None
 
     def _tensor(self, request: Request) -> Any:
         import openvino
 
-        return openvino.Tensor(request.ids[None, :])
+        ids = request.ids
+        if request.past_boundary and self._marks and self._boundary is not None and not self._needs_plain_ids(request):
+            ids = mark(ids, self._boundary)
+        return openvino.Tensor(np.ascontiguousarray(ids[None, :]))
 
     def _config(self, request: Request) -> Any:
         """GenAI's config; stop strings stay with us, and all end tokens are stop tokens there."""

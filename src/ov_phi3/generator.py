@@ -1,0 +1,232 @@
+"""From a prompt's ids to a reply's: what to prefill, in which pieces, and when a sequence must be computed afresh.
+
+Three things are done here for every engine that cannot do them itself.
+
+*Chunks.* A long prompt is prefilled piece by piece, each a request of its own that the next finds in the prefix cache.
+Between two of them the reply can be cancelled, and progress is told.
+
+*LongRoPE.* A model with `rope_boundary` rotates keys with one set of factors up to that many tokens, and with another
+past it, in the whole sequence. A reply that grows past it stops there, and goes on from all of its ids computed afresh.
+The reference is the model recomputed without a cache; transformers' `Phi3ForCausalLM.prepare_inputs_for_generation`
+drops its cache at the same length.
+
+*Books.* What the prefix cache holds is noted, so that it is known what a prompt will find there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.backends import Backend, Emit, EngineReport, Hypothesis, Request
+from ov_phi3.generation_config import GenerationConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.kv_cache import BlockLedger
+
+__all__ = ["PREFILL_CHUNK", "Cancelled", "Generator", "Watch"]
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per piece. `benchmarks/prefix_cache.py` measures what a piece costs."""
+
+Watch = Callable[[int, int], bool]
+"""Told how many prompt tokens are prefilled, of how many; False asks to stop."""
+
+_PAST = b"past the LongRoPE boundary"
+_SECOND_SEED = 0x9E3779B9  # 2**32 / golden ratio: the reply goes on with other random numbers than it began with
+
+
+class Cancelled(Exception):  # noqa: N818 - not a failure
+    """The prefill was stopped between two pieces."""
+
+
+@dataclass
+class Generator:
+    """Asks a backend for replies. Used by one thread at a time.
+
+    Attributes:
+        ledger: the books of the backend's prefix cache; None where it has none.
+        rope_boundary: see `ModelInfo.rope_boundary`.
+        chunk: prompt tokens per piece; 0 for whole prompts. Needs the prefix cache.
+        assisted_tokens: most candidates per step of a pipeline with prompt lookup or a draft model; 0 for others.
+    """
+
+    ledger: BlockLedger | None = None
+    rope_boundary: int | None = None
+    chunk: int = PREFILL_CHUNK
+    assisted_tokens: int = 0
+
+    def cached_tokens(self, ids: NDArray[np.int64]) -> int:
+        """Tokens of these that a prompt which goes on from them would find in the cache."""
+        if self.ledger is None or not len(ids):
+            return 0
+        following = np.append(ids, -1)  # a prompt computes its last token in any case: let that be the one after these
+        return self.ledger.find(following, self._salt(self._is_past(len(ids) + 1)))
+
+    def reply_room(self, prompt_tokens: int) -> int | None:
+        """Longest reply, in tokens, that ends before the sequence must be computed afresh; None for any length.
+
+        The last token of a reply is never fed back, so a reply may be one longer than the boundary is away.
+        """
+        boundary = self.rope_boundary
+        return None if boundary is None or prompt_tokens > boundary else boundary - prompt_tokens + 1
+
+    def generate(self, backend: Backend, request: Request, emit: Emit, watch: Watch) -> EngineReport:
+        """Stream one reply.
+
+        Raises:
+            Cancelled: `watch` asked to stop before the first token.
+        """
+        room = self.reply_room(len(request.ids))
+        limit = request.config.max_new_tokens or 0
+        if room is None or limit <= room:
+            return self._piece(backend, request, emit, watch)
+        first = _Counted(emit)
+        report = self._piece(backend, self._shorter(request, room), first, watch)
+        if first.stopped or len(first.ids) < room or first.ids[-1] in _ends(request):
+            return replace(report, hit_limit=False)
+        whole = np.concatenate([request.ids, np.array(first.ids, dtype=np.int64)])
+        rest = _Counted(emit)
+        prompt = len(request.ids)
+        try:
+            second = self._piece(backend, self._longer(request, whole, room), rest, lambda *_: watch(prompt, prompt))
+        except Cancelled:
+            return replace(report, hit_limit=False, recomputed_tokens=len(whole))
+        return _joined(report, second, len(first.ids), len(rest.ids), len(whole) - (second.reused_tokens or 0))
+
+    def search(self, backend: Backend, request: Request, watch: Watch) -> tuple[list[Hypothesis], int | None]:
+        """Several replies at once; and the prompt tokens that were found in the cache."""
+        request, ledger = self._sided(backend, request)
+        reused, _ = self._prefill(backend, request, ledger, watch)
+        found = backend.search(request)
+        if ledger is not None:
+            longest = request.config.max_new_tokens or 0
+            ledger.record(request.ids, (), longest=longest, exact=False, salt=self._salt(request.past_boundary))
+        return found, reused
+
+    # -- one stretch of a reply, with one set of factors -------------------------------------------------------------
+
+    def _piece(self, backend: Backend, request: Request, emit: Emit, watch: Watch) -> EngineReport:
+        request, ledger = self._sided(backend, request)
+        reused, spent = self._prefill(backend, request, ledger, watch)
+        if ledger is None:
+            return backend.generate(request, emit)
+        counted = _Counted(emit)
+        report = backend.generate(request, counted)
+        self._note(ledger, request, counted)
+        ttft = None if report.ttft_ms is None else report.ttft_ms + spent
+        return replace(report, reused_tokens=reused, ttft_ms=ttft)
+
+    def _sided(self, backend: Backend, request: Request) -> tuple[Request, BlockLedger | None]:
+        """The request with the side of the boundary that it is on, and the books that it is in."""
+        request = replace(request, past_boundary=self._is_past(len(request.ids)))
+        return request, self.ledger if self.ledger is not None and backend.caches(request) else None
+
+    def _prefill(
+        self, backend: Backend, request: Request, ledger: BlockLedger | None, watch: Watch
+    ) -> tuple[int | None, float]:
+        """Prefill all of a long prompt but its last piece; returns what was found in the cache, and the engine's
+        milliseconds.
+        """
+        total, spent = len(request.ids), 0.0
+        if ledger is None:
+            _ask(watch, 0, total)
+            return None, spent
+        reused = done = ledger.find(request.ids, self._salt(request.past_boundary))
+        _ask(watch, done, total)
+        if self.chunk:
+            # Pieces end where blocks do; the last one is let grow by a half rather than leave a small remainder.
+            step = max(1, self.chunk // ledger.block_size) * ledger.block_size
+            while total - done > step + step // 2:
+                done = done - done % ledger.block_size + step
+                part = replace(request, ids=request.ids[:done], config=_ONE_TOKEN, end_ids=())
+                counted = _Counted(lambda _: True)
+                spent += backend.generate(part, counted).ttft_ms or 0.0
+                self._note(ledger, part, counted)
+                _ask(watch, done, total)
+        return reused, spent
+
+    def _note(self, ledger: BlockLedger, request: Request, reply: _Counted) -> None:
+        ledger.record(
+            request.ids,
+            # The last token is never fed back; of a reply that was stopped it may have been, and one more, which nobody
+            # saw.
+            reply.ids[:-1],
+            longest=request.config.max_new_tokens or 0,
+            exact=not reply.stopped and not reply.steps_of_several,
+            salt=self._salt(request.past_boundary),
+        )
+
+    def _is_past(self, tokens: int) -> bool:
+        return self.rope_boundary is not None and tokens > self.rope_boundary
+
+    @staticmethod
+    def _salt(past: bool) -> bytes:
+        return _PAST if past else b""
+
+    @staticmethod
+    def _shorter(request: Request, room: int) -> Request:
+        config = request.config
+        least = min(config.min_new_tokens or 0, room)
+        return replace(request, config=config.replace(max_new_tokens=room, min_new_tokens=least))
+
+    @staticmethod
+    def _longer(request: Request, whole: NDArray[np.int64], done: int) -> Request:
+        config = request.config
+        changes: dict[str, Any] = {
+            "max_new_tokens": (config.max_new_tokens or 0) - done,
+            "min_new_tokens": max(0, (config.min_new_tokens or 0) - done),
+        }
+        if config.do_sample and config.seed is not None:
+            changes["seed"] = config.seed ^ _SECOND_SEED
+        return replace(request, ids=whole, config=config.replace(**changes))
+
+
+_ONE_TOKEN = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True).resolve(room=1)
+
+
+class _Counted:
+    """An `Emit` that notes what passed, and whether the engine was asked to stop."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.ids: list[int] = []
+        self.stopped = False
+        self.steps_of_several = False
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        self.ids += ids
+        self.steps_of_several = self.steps_of_several or len(ids) > 1
+        if not self._emit(ids):
+            self.stopped = True
+        return not self.stopped
+
+
+def _ask(watch: Watch, done: int, total: int) -> None:
+    if not watch(done, total):
+        raise Cancelled
+
+
+def _ends(request: Request) -> set[int]:
+    config = request.config
+    return {*(config.stop_token_ids or ()), *(() if config.ignore_eos else request.end_ids)}
+
+
+def _joined(first: EngineReport, second: EngineReport, before: int, after: int, recomputed: int) -> EngineReport:
+    """The report of a reply in two stretches."""
+    tpot = None
+    if first.ttft_ms is not None and second.ttft_ms is not None and before + after > 1:
+        gaps = (before - 1) * (first.tpot_ms or 0.0) + second.ttft_ms + (after - 1) * (second.tpot_ms or 0.0)
+        tpot = gaps / (before + after - 1)
+    return EngineReport(
+        hit_limit=second.hit_limit,
+        ttft_ms=first.ttft_ms,
+        tpot_ms=tpot,
+        reused_tokens=first.reused_tokens,
+        recomputed_tokens=recomputed,
+    )
