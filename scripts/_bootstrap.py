@@ -37,6 +37,27 @@ EXPORTER = (
     "openvino",
     "openvino-tokenizers",
 )
+
+
+def longrope(boundary: int, context: int) -> dict[str, object]:
+    """Options of a tiny LongRoPE model; its factors lie far apart, so that a wrong one shows in the next token."""
+    factors = {"short_factor": [1 + i / 50 for i in range(8)], "long_factor": [1.5 + i * 3 / 8 for i in range(8)]}
+    return {
+        "seed": boundary,
+        "max_position_embeddings": context,
+        "original_max_position_embeddings": boundary,
+        "rope_scaling": {"type": "longrope", **factors},
+    }
+
+
+# Options of scripts/models/tiny_phi3.py; the window of "sliding" is Phi-3-mini-4k's.
+TINY: dict[str, dict[str, object]] = {
+    "tiny": {},
+    "longrope64": longrope(64, 1024),
+    "longrope256": {**longrope(256, 2048), "kv_heads": 2},
+    "sliding": {"seed": 3, "sliding_window": 2047},
+}
+BASES = ("demo", *TINY)
 RECIPES = ("int4", "int4-max", "int8", "fp16", "fp32")
 
 MARKER = ".ov-phi3-environment"
@@ -353,7 +374,13 @@ class Model:
     @property
     def builder(self) -> Path:
         """The script that makes the model in Hugging Face format."""
-        return MODELS / {"demo": "demo.py", "tiny": "tiny_phi3.py"}[self.base]
+        return MODELS / ("demo.py" if self.base == "demo" else "tiny_phi3.py")
+
+    @property
+    def options(self) -> list[str]:
+        """What the builder is told to make, besides the place."""
+        options = TINY.get(self.base)
+        return ["--options", json.dumps(options)] if options else []
 
     def inputs(self) -> list[Path]:
         """Return the files that decide what the model is."""
@@ -367,11 +394,12 @@ class Model:
 
 
 def parse_model(name: str) -> Model:
-    """Read a model's name: ``demo-hf``, ``tiny-hf``, or either with a recipe, as in ``demo-int4``."""
+    """Read a model's name: a base with ``-hf``, or with a recipe, as in ``demo-int4``."""
     base, _, kind = name.partition("-")
-    if base not in ("demo", "tiny") or kind not in ("hf", *RECIPES):
+    if base not in BASES or kind not in ("hf", *RECIPES):
         raise BootstrapError(
-            f"unknown model {name!r}: demo or tiny, then -hf or one of {', '.join('-' + r for r in RECIPES)}"
+            f"unknown model {name!r}: one of {', '.join(BASES)}, then -hf or one of "
+            f"{', '.join('-' + r for r in RECIPES)}"
         )
     return Model(base, None if kind == "hf" else kind)
 
@@ -396,13 +424,13 @@ def exporter_versions(python: Path) -> str:
 def model_key(model: Model, versions: str) -> str:
     """Return the key of a model: equal inputs, equal key."""
     used = versions if model.recipe is not None else "hf"
-    return digest(model.base, model.recipe or "hf", used, *model.inputs())[:16]
+    return digest(model.base, *model.options, model.recipe or "hf", used, *model.inputs())[:16]
 
 
 def model_command(python: Path, model: Model, source: Path | None, out: Path) -> list[str | Path]:
     """Return the command that makes a model at ``out``."""
     if source is None:
-        return [python, model.builder, out, "--downloads", cache_dir() / "downloads"]
+        return [python, model.builder, out, "--downloads", cache_dir() / "downloads", *model.options]
     return [python, "-m", "ov_phi3", "export", source, out, "--recipe", str(model.recipe)]
 
 

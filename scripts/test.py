@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of
 
-TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32")
+TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32", "longrope64-fp32", "longrope256-fp32", "sliding-fp32")
 STAGES = ("lint", "format", "types", "docs", "tests")
 
 

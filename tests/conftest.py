@@ -72,6 +72,18 @@ def tiny_fp32() -> Path:
     return model("tiny-fp32")
 
 
+@pytest.fixture(scope="session", params=[64, 256])
+def longrope(request: pytest.FixtureRequest) -> tuple[Path, Path, int]:
+    """A random LongRoPE model: as exported (fp32), in Hugging Face format, and its boundary in tokens."""
+    return model(f"longrope{request.param}-fp32"), model(f"longrope{request.param}-hf"), request.param
+
+
+@pytest.fixture(scope="session")
+def sliding() -> tuple[Path, Path]:
+    """A random model with Phi-3-mini-4k's sliding window: as exported (fp32), and in Hugging Face format."""
+    return model("sliding-fp32"), model("sliding-hf")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_vectors(tiny_hf: Path) -> list[dict[str, Any]]:
     """The 46 published vectors of the real Phi-3 tokenizer, each {"text": ..., "ids": [...]}."""

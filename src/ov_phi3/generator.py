@@ -29,10 +29,14 @@ if TYPE_CHECKING:
 
     from ov_phi3.kv_cache import BlockLedger
 
-__all__ = ["PREFILL_CHUNK", "Cancelled", "Generator", "Watch"]
+__all__ = ["LARGE_MODEL_CHUNK", "PREFILL_CHUNK", "Cancelled", "Generator", "Watch"]
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 2048
 """Prompt tokens per piece. `benchmarks/prefix_cache.py` measures what a piece costs."""
+
+LARGE_MODEL_CHUNK = 256
+"""The same on a CPU for a model of over a gigabyte, which needs seconds for this many; one more pass over its weights
+is little beside that."""
 
 Watch = Callable[[int, int], bool]
 """Told how many prompt tokens are prefilled, of how many; False asks to stop."""

@@ -21,7 +21,7 @@ from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
 from ov_phi3.compile_cache import cache_key, load_guarded, prepare
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.generator import PREFILL_CHUNK, Generator
+from ov_phi3.generator import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Generator
 from ov_phi3.kv_cache import BlockLedger
 from ov_phi3.kv_pool import KVPool, plan
 from ov_phi3.model_info import ModelInfo
@@ -89,7 +89,7 @@ def load(
         kv_cache_gb: most memory for the KV cache, in GiB; default: enough for one conversation of `context_length` on
             the CPU, as it grows on a GPU.
         prefill_chunk: prompt tokens computed at once; between two such pieces progress is told and a reply can be
-            cancelled. Default 512; 0 computes whole prompts.
+            cancelled. Default 2048, and 256 on a CPU with a model of over 1 GiB; 0 computes whole prompts.
         template: the chat layout; default: the one that the model's own chat template describes.
 
     Raises:
@@ -113,7 +113,7 @@ def load(
     info = ModelInfo.from_dir(model_dir)
     defaults, doubts = _model_defaults(info)
     _check_window(context_length, info)
-    chunk = _chunk(prefill_chunk)
+    _check_chunk(prefill_chunk)
     chosen = _device(device)
     properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
     pool = plan(info, chosen, properties, context_length=context_length, kv_cache_gb=kv_cache_gb)
@@ -148,7 +148,7 @@ def load(
         generator=Generator(
             ledger=opened.ledger,
             rope_boundary=info.rope_boundary if (info.rope_boundary or 0) < pool.window else None,
-            chunk=chunk,
+            chunk=_default_chunk(info, chosen) if prefill_chunk is None else prefill_chunk,
             assisted_tokens=_ASSISTED if {"prompt_lookup", "draft_model"} & properties.keys() else 0,
         ),
         pool=pool,
@@ -178,14 +178,17 @@ def _check_window(wanted: int | None, info: ModelInfo) -> None:
         raise ConfigError(f"context_length={wanted}; expected 2 to {info.context_length}, the model's own.")
 
 
-def _chunk(wanted: int | None) -> int:
+def _check_chunk(wanted: int | None) -> None:
     if wanted is None:
-        return PREFILL_CHUNK
+        return
     if isinstance(wanted, bool) or not isinstance(wanted, int):
         raise TypeError(f"prefill_chunk must be a whole number of tokens, not {wanted!r}")
     if wanted < 0:
         raise ConfigError(f"prefill_chunk={wanted}; expected a number of tokens, or 0 for whole prompts.")
-    return wanted
+
+
+def _default_chunk(info: ModelInfo, device: DeviceInfo) -> int:
+    return LARGE_MODEL_CHUNK if device.kind == "CPU" and info.weight_bytes > 2**30 else PREFILL_CHUNK
 
 
 def _exact(info: ModelInfo, device: DeviceInfo, given: Mapping[str, Any]) -> dict[str, Any]:

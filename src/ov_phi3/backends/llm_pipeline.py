@@ -72,13 +72,14 @@ class LLMPipelineBackend:
         if self._boundary is not None and self._caches:
             xml = self._model_dir / "openvino_model.xml"
             try:
+                if self._assisted:  # its candidates hold ids below zero of its own
+                    raise UnknownGraph("with prompt lookup or a draft model")
                 graph = with_marked_ids(xml, self._boundary)
             except UnknownGraph as exc:
                 self._caches = self._rules_known = False
                 self._properties["scheduler_config"].enable_prefix_caching = False
                 self.doubts.append(
-                    f"this LongRoPE model was exported in a way that is not known here ({exc}): it runs without a "
-                    "prefix cache, so that every turn of a chat is computed whole. Export it again with the current version."
+                    f"this LongRoPE model runs without a prefix cache ({exc}): every turn of a chat is computed whole."
                 )
             else:
                 self._marks = True

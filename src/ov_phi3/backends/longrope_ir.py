@@ -30,7 +30,7 @@ __all__ = ["UnknownGraph", "mark", "with_marked_ids"]
 
 
 class UnknownGraph(Exception):  # noqa: N818 - not a failure: the caller does without
-    """The graph does not choose its factors in the way that is known here."""
+    """The graph is not one that the edit is for."""
 
 
 def mark(ids: NDArray[np.int64], boundary: int) -> NDArray[np.int64]:
@@ -96,7 +96,7 @@ class _Graph:
         for layer in self._layers:
             if layer.get("type") == "Parameter" and layer.get("name") == name:
                 return layer.get("id", "")
-        raise UnknownGraph(f"no input {name}")
+        raise UnknownGraph(f"its graph has no input {name}")
 
     def _choice(self, boundary: int, weights: Path) -> tuple[tuple[str, str], tuple[str, str], tuple[str, str]]:
         """Greater(ReduceMax(position_ids) + 1, boundary): its output, the 1 and the axes of the maximum."""
@@ -113,7 +113,7 @@ class _Graph:
             source, axes = self._inputs(self._by_id[highest[0]])
             if source[0] == positions:
                 return (layer.get("id", ""), _output_port(layer)), one, axes
-        raise UnknownGraph("no choice of factors by the highest position")
+        raise UnknownGraph("its graph does not choose the factors in the way that is known; export it again")
 
     def _inputs(self, layer: ET.Element) -> list[tuple[str, str]]:
         ports = layer.findall("input/port")
@@ -171,7 +171,7 @@ class _Graph:
                 made = ET.Element("port", id=port, precision=other.get("precision", ""))
                 made.extend(list(_copies(other.findall("dim"))))
                 return made
-        raise UnknownGraph(f"layer {source[0]} has no output {source[1]}")
+        raise UnknownGraph(f"layer {source[0]} of its graph has no output {source[1]}")
 
 
 def _copies(dims: list[ET.Element]) -> Iterator[ET.Element]:
@@ -184,12 +184,12 @@ def _copies(dims: list[ET.Element]) -> Iterator[ET.Element]:
 def _child(root: ET.Element, name: str) -> ET.Element:
     found = root.find(name)
     if found is None:
-        raise UnknownGraph(f"no {name} in the file")
+        raise UnknownGraph(f"its graph has no {name}")
     return found
 
 
 def _output_port(layer: ET.Element) -> str:
     port = layer.find("output/port")
     if port is None:
-        raise UnknownGraph("a layer without an output")
+        raise UnknownGraph("a layer of its graph has no output")
     return port.get("id", "")
