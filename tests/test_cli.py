@@ -191,6 +191,53 @@ def chat(demo_int4: Path, device: str) -> Iterator[Terminal]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
+def test_a_long_conversation(demo_int4: Path, device: str) -> None:
+    options = ["--device", device, "--context-length", "300", "--max-new-tokens", "20", "--prefill-chunk", "64"]
+    chat = Terminal(["chat", str(demo_int4), *options])
+    try:
+        chat.until("> ")
+        chat.type("What is the capital of France?\n")
+        chat.until("Paris")
+        chat.until("> ")
+        chat.type("/kv\n")
+        chat.until("tokens cached (")
+        chat.until("of 300 free")
+        chat.type("/rewind 5\n")
+        chat.until("expected 0 to 1")
+        chat.type("/rewind x\n")
+        chat.until("/rewind x: expected a number of turns.")
+        chat.type("Repeat: " + "bread " * 255 + "\n")
+        chat.until("the 1 oldest turn dropped, to make room]")
+        chat.until("> ")
+        chat.type("/rewind\n")
+        chat.until("Back to the beginning.")
+        chat.type("And of Italy?\n")
+        chat.until("> ")
+        chat.type("/rewind 0\n")
+        chat.until("Back to after: And of Italy?")
+        chat.type("word " * 400 + "\n")
+        chat.until("ContextOverflowError:")
+        chat.type("/quit\n")
+        assert chat.exit_code() == 0
+    finally:
+        chat.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
+def test_a_long_prompt_shows_its_progress(demo_int4: Path, device: str) -> None:
+    options = ["--device", device, "--max-new-tokens", "4", "--prefill-chunk", "128"]
+    shown = Terminal(["generate", str(demo_int4), "bread " * 500, *options])
+    try:
+        shown.until("Reading the prompt [---")
+        shown.until("] 128 of 5")
+        shown.until("] 256 of 5")
+        shown.until("prompt tokens, 4 new")
+        assert shown.exit_code() == 0
+    finally:
+        shown.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
 def test_ctrl_c_stops_the_reply_and_not_the_chat(chat: Terminal) -> None:
     chat.until("> ")
     chat.type("What is the capital of France?\n")

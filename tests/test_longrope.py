@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -263,7 +263,7 @@ class TestTheGraph:
         shutil.copytree(path, other)
         xml = other / "openvino_model.xml"
         # The same choice in other words: boundary < length instead of length > boundary.
-        tree = ElementTree.parse(xml)
+        tree = ET.parse(xml)
         greater = next(x for x in tree.iter("layer") if x.get("type") == "Greater" and "rotary" in x.get("name", ""))
         greater.set("type", "Less")
         for edge in tree.iter("edge"):

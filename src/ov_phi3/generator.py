@@ -15,13 +15,15 @@ drops its cache at the same length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ov_phi3.backends import Backend, Emit, EngineReport, Hypothesis, Request
+from ov_phi3.errors import ContextOverflowError
 from ov_phi3.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -107,11 +109,39 @@ class Generator:
         """Several replies at once; and the prompt tokens that were found in the cache."""
         request, ledger = self._sided(backend, request)
         reused, _ = self._prefill(backend, request, ledger, watch)
-        found = backend.search(request)
-        if ledger is not None:
-            longest = request.config.max_new_tokens or 0
-            ledger.record(request.ids, (), longest=longest, exact=False, salt=self._salt(request.past_boundary))
+        if ledger is None:
+            return backend.search(request), reused
+        longest, sequences = request.config.max_new_tokens or 0, _sequences(request.config)
+        with _forgetting(ledger):
+            try:
+                found = backend.search(request)
+            except RuntimeError as exc:
+                if "cache budget" not in str(exc):
+                    raise
+                raise ContextOverflowError(
+                    f"{sequences} replies of up to {longest} tokens at once did not fit the KV cache of "
+                    f"{ledger.capacity} tokens. Ask for fewer or shorter ones, or load with a larger kv_cache_gb.",
+                    prompt_tokens=len(request.ids),
+                    max_new_tokens=longest,
+                    context_length=ledger.capacity,
+                ) from exc
+        ledger.record(
+            request.ids,
+            (),
+            longest=longest,
+            exact=False,
+            salt=self._salt(request.past_boundary),
+            others=sequences * _blocks(longest, ledger.block_size),
+        )
         return found, reused
+
+    def search_room(self, prompt_tokens: int, config: GenerationConfig) -> int | None:
+        """Longest replies, in tokens, that several at once can surely have; None where the cache grows."""
+        if self.ledger is None or self.ledger.grows:
+            return None
+        block = self.ledger.block_size
+        free = self.ledger.capacity // block - -(-prompt_tokens // block)
+        return max(1, (free // _sequences(config) - 1) * block)
 
     # -- one stretch of a reply, with one set of factors -------------------------------------------------------------
 
@@ -121,7 +151,8 @@ class Generator:
         if ledger is None:
             return backend.generate(request, emit)
         counted = _Counted(emit)
-        report = backend.generate(request, counted)
+        with _forgetting(ledger):
+            report = backend.generate(request, counted)
         self._note(ledger, request, counted)
         ttft = None if report.ttft_ms is None else report.ttft_ms + spent
         return replace(report, reused_tokens=reused, ttft_ms=ttft)
@@ -150,7 +181,8 @@ class Generator:
                 done = done - done % ledger.block_size + step
                 part = replace(request, ids=request.ids[:done], config=_ONE_TOKEN, end_ids=())
                 counted = _Counted(lambda _: True)
-                spent += backend.generate(part, counted).ttft_ms or 0.0
+                with _forgetting(ledger):
+                    spent += backend.generate(part, counted).ttft_ms or 0.0
                 self._note(ledger, part, counted)
                 _ask(watch, done, total)
         return reused, spent
@@ -209,6 +241,25 @@ class _Counted:
         if not self._emit(ids):
             self.stopped = True
         return not self.stopped
+
+
+@contextlib.contextmanager
+def _forgetting(ledger: BlockLedger) -> Iterator[None]:
+    """After a failure in the engine nothing is known of its cache."""
+    try:
+        yield
+    except BaseException:
+        ledger.forget()
+        raise
+
+
+def _sequences(config: GenerationConfig) -> int:
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def _blocks(tokens: int, block: int) -> int:
+    """Blocks that a sequence of its own may take, the one that it copies when it parts from others included."""
+    return -(-tokens // block) + 1
 
 
 def _ask(watch: Watch, done: int, total: int) -> None:

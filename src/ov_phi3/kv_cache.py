@@ -124,7 +124,7 @@ class BlockLedger:
 
     def __init__(self, block_size: int, num_blocks: int = 0) -> None:
         self.block_size = block_size
-        self._grows = num_blocks == 0
+        self.grows = num_blocks == 0
         self._lock = threading.Lock()
         self._stored: dict[bytes, int] = {}  # key of a block to when it was last used
         self._free: deque[int] = deque()  # places never used; the engine dates them by when they were made
@@ -152,6 +152,7 @@ class BlockLedger:
         longest: int,
         exact: bool,
         salt: bytes = b"",
+        others: int = 0,
     ) -> None:
         """Note a reply that has ended.
 
@@ -162,13 +163,14 @@ class BlockLedger:
             exact: whether the engine computed these ids and no more. One that was stopped may be a token further, and
                 what its last block is then known by is not known.
             salt: as for `find`.
+            others: blocks that the request may have filled with something else: other beams, other samples.
         """
         block = self.block_size
         content = np.concatenate([ids, np.array(generated, dtype=np.int64)])
         blocks = -(-len(content) // block)
         with self._lock:
             held, _ = self._plan(ids, salt)
-            if self._grows:
+            if self.grows:
                 self._enlarge(-(-min(2 * len(ids), len(ids) + longest) // block))
             self._clock += 1
             for key in held:
@@ -180,6 +182,18 @@ class BlockLedger:
                 part = content[index * block : (index + 1) * block]
                 key = _key(key, part)
                 self._store(key if exact or len(part) == block else self._unknown_key(), date)
+            for _ in range(others):
+                self._store(self._unknown_key(), self._take())
+
+    def forget(self) -> None:
+        """Note that nothing is known any more of what the blocks hold, as after a failure of the engine."""
+        with self._lock:
+            self._stored = {self._unknown_key(): date for date in self._stored.values()}
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there are places for."""
+        return self._places * self.block_size
 
     def _plan(self, ids: NDArray[np.int64], salt: bytes) -> tuple[list[bytes], int]:
         """The stored blocks that a prompt takes over, and the tokens in them."""
@@ -199,7 +213,7 @@ class BlockLedger:
 
     def _take(self) -> int:
         """A place for a new block; returns its date."""
-        if not self._free and not self._stored and self._grows:
+        if not self._free and not self._stored and self.grows:
             self._enlarge(self._places + _GROWTH_TOKENS // self.block_size)
         if self._free:
             return self._free.popleft()

@@ -22,7 +22,7 @@ class Metrics:
         prompt_tokens: length of the prompt.
         generated_tokens: length of the reply, end token included.
         reused_tokens: prompt tokens whose keys and values were taken from the cache; None where that cannot be known
-            (beam search, and a scheduler of the caller's own with cache eviction).
+            (a scheduler of the caller's own with cache eviction or sparse attention).
         ttft_ms: time to first token, from the request to the first token id (None if there was none).
         first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` where the first tokens
             are half a character or may begin a stop string.

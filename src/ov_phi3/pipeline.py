@@ -260,6 +260,11 @@ class Pipeline:
                     f"{name}={getattr(resolved, name)} cannot be streamed: which reply wins is known at the end only. "
                     f"Use generate(), or {name}=1."
                 )
+        if resolved._is_search() and wanted.max_new_tokens is None and wanted.max_length is None:
+            most = self._generator.search_room(prompt_tokens, resolved)
+            if most is not None and most < (resolved.max_new_tokens or 0):
+                least = min(resolved.min_new_tokens or 0, most)
+                resolved = resolved.replace(max_new_tokens=most, min_new_tokens=least)
         wrong = [i for i in resolved.stop_token_ids or () if i >= self.info.vocab_size]
         if wrong:
             raise ConfigError(f"stop_token_ids holds {wrong[0]}; ids go from 0 to {self.info.vocab_size - 1}.")
@@ -273,8 +278,8 @@ class Pipeline:
         limit = resolved.max_new_tokens or 0
         if room is None or limit <= room or (why := self._cannot_cross(resolved)) is None:
             return resolved
-        if self._generator.assisted_tokens:
-            room -= self._generator.assisted_tokens  # candidates are computed together with the token before them
+        if self._generator.assisted_tokens:  # candidates are computed together with the token before them
+            room -= max(self._generator.assisted_tokens, resolved.num_assistant_tokens or 0)
         if room < 1 or wanted.max_new_tokens is not None or wanted.max_length is not None:
             raise ConfigError(
                 f"{why} cannot be carried past {self.info.rope_boundary} tokens, where this LongRoPE model is computed "

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["add_chat", "add_generate"]
 
-_HELP = "Commands: /quit leaves, /reset starts over, /help shows this. Ctrl-C stops a reply, Ctrl-D leaves."
+_HELP = (
+    "Commands: /rewind [N] takes back the last turns, /kv tells what is cached, /reset starts over, /quit leaves, "
+    "/help shows this. Ctrl-C stops a reply, Ctrl-D leaves."
+)
 
 
 def add_generate(commands: Any) -> None:
@@ -40,6 +43,12 @@ def add_chat(commands: Any) -> None:
     parser = commands.add_parser("chat", help="a conversation", description=f"A conversation. {_HELP}")
     terminal.add_load_arguments(parser)
     parser.add_argument("--system", help="a system message")
+    parser.add_argument(
+        "--overflow",
+        choices=["drop_oldest", "error"],
+        default="drop_oldest",
+        help="for a turn that no longer fits: drop the oldest ones, or refuse it (default: %(default)s)",
+    )
     _add_options(parser)
     parser.set_defaults(run=_chat)
 
@@ -91,7 +100,8 @@ def _generate(args: argparse.Namespace) -> int:
             result, interrupted = pipe.generate(prompt, config), False
             print(result.text)
         else:
-            result, interrupted = _show(pipe.stream(prompt, config))
+            bar = terminal.PrefillBar()
+            result, interrupted = _show(pipe.stream(prompt, config, on_prefill=bar), bar)
         terminal.note(_latency(result))
     return 130 if interrupted else 0
 
@@ -102,13 +112,17 @@ def _chat(args: argparse.Namespace) -> int:
         import readline  # noqa: F401 - gives input() a history and line editing
     with terminal.load(args) as pipe:
         terminal.note(_HELP)
-        chat = pipe.chat(system=args.system)
+        chat = pipe.chat(system=args.system, overflow=args.overflow)
         while (text := _ask()) is not None:
             if text == "/quit":
                 break
             if text == "/reset":
-                chat = pipe.chat(system=args.system)
+                chat = pipe.chat(system=args.system, overflow=args.overflow)
                 terminal.note("A new conversation.")
+            elif text == "/kv":
+                terminal.note(_usage(chat))
+            elif text.split()[:1] == ["/rewind"]:
+                _rewind(chat, text.split()[1:])
             elif text.startswith("/"):
                 terminal.note(_HELP if text == "/help" else f"{text.split()[0]} is no command. {_HELP}")
             elif text:
@@ -134,13 +148,39 @@ def _turn(chat: Any, text: str, config: GenerationConfig) -> None:
     from ov_phi3.errors import Error
 
     try:
-        result, _ = _show(chat.stream(text, config))
+        bar = terminal.PrefillBar()
+        result, _ = _show(chat.stream(text, config, on_prefill=bar), bar)
+        if result.dropped_messages:
+            turns = len(result.dropped_messages) // 2
+            terminal.note(f"[the {turns} oldest turn{'s' * (turns > 1)} dropped, to make room]")
         terminal.note(_latency(result))
     except Error as exc:
         terminal.note(f"{type(exc).__name__}: {exc}")
 
 
-def _show(stream: TokenStream) -> tuple[GenerationResult, bool]:
+def _rewind(chat: Any, arguments: list[str]) -> None:
+    """Take back turns; says what the last one left is."""
+    from ov_phi3.errors import Error
+
+    try:
+        chat.rewind(int(arguments[0]) if arguments else 1)
+    except ValueError as exc:  # ours is one, too
+        terminal.note(str(exc) if isinstance(exc, Error) else f"/rewind {arguments[0]}: expected a number of turns.")
+        return
+    said = [m["content"] for m in chat.messages if m["role"] == "user"]
+    terminal.note(f"Back to after: {said[-1]}" if said else "Back to the beginning.")
+
+
+def _usage(chat: Any) -> str:
+    """What a chat has in the KV cache, in a line."""
+    usage = chat.kv
+    return (
+        f"{usage.cached_tokens} of {len(chat.token_ids)} tokens cached ({usage.bytes / 2**20:.1f} MiB), "
+        f"{usage.free_tokens} of {usage.context_length} free; the last turn reused {usage.reused_tokens}"
+    )
+
+
+def _show(stream: TokenStream, bar: terminal.PrefillBar) -> tuple[GenerationResult, bool]:
     """Print a reply as it comes; Ctrl-C stops the reply, and what came of it is the result."""
     interrupted = False
     with stream:
@@ -150,6 +190,8 @@ def _show(stream: TokenStream) -> tuple[GenerationResult, bool]:
         except KeyboardInterrupt:
             interrupted = True
             stream.cancel()
+        finally:
+            bar.clear()
         print(flush=True)
         return stream.result, interrupted
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ov_phi3._export.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
-__all__ = ["add_load_arguments", "dim", "load", "note", "progress"]
+__all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress"]
 
 
 def dim(text: str) -> str:
@@ -41,6 +41,38 @@ def progress(line: ProgressLine) -> None:
         note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
 
 
+class PrefillBar:
+    """A bar for a long prefill, on a terminal; told the progress by the reply's own thread."""
+
+    WIDTH = 30
+    WORTH_IT = 256  # tokens to prefill from which a person would wonder
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Redraw the bar; it goes when the first token comes."""
+        if self._first is None:
+            self._first = done
+        if not sys.stderr.isatty() or total - self._first < self.WORTH_IT:
+            return
+        if done >= total:
+            self.clear()
+            return
+        filled = self.WIDTH * done // total
+        bar = "#" * filled + "-" * (self.WIDTH - filled)
+        line = f"Reading the prompt [{bar}] {done} of {total} tokens"
+        note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
+        self._shown = True
+
+    def clear(self) -> None:
+        """Take the bar off the screen, if it is there."""
+        if self._shown:
+            self._shown = False
+            print(_CLEAR, end="", file=sys.stderr, flush=True)
+
+
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every command which loads a model takes."""
     parser.add_argument("model", type=Path, help="directory of an exported model")
@@ -51,6 +83,9 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
     parser.add_argument("--kv-cache-gb", type=float, metavar="GIB", help="most memory for the KV cache")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="prompt tokens computed at once; 0 for whole prompts"
+    )
     parser.add_argument(
         "--ov-config",
         action="append",
@@ -89,6 +124,7 @@ def load(args: argparse.Namespace) -> Pipeline:
                 ov_config=properties(args.ov_config) or None,
                 context_length=args.context_length,
                 kv_cache_gb=args.kv_cache_gb,
+                prefill_chunk=args.prefill_chunk,
             )
         finally:
             if watched:
