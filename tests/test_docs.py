@@ -269,24 +269,26 @@ def test_cli_page_names_every_command_and_every_flag() -> None:
 # -- tables and lists -------------------------------------------------------------------------------------------------
 
 
-def generator() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("gen_options", DOCS / "gen_options.py")
+def script(name: str) -> types.ModuleType:
+    """A script that lies beside the pages."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
 def test_options_page_equals_the_code() -> None:
     text = (DOCS / "options.md").read_text(encoding="utf-8")
-    assert generator().filled(text) == text, "run: python docs/gen_options.py"
+    assert script("gen_options").filled(text) == text, "run: python docs/gen_options.py"
     for name in generation_config.GenerationConfig.__dataclass_fields__:
         assert f"| `{name}` |" in text
 
 
 def test_every_option_is_described_in_the_docstring() -> None:
-    assert set(generator().described()) == set(generation_config.GenerationConfig.__dataclass_fields__)
+    assert set(script("gen_options").described()) == set(generation_config.GenerationConfig.__dataclass_fields__)
 
 
 def test_every_error_class_has_a_section_with_a_message() -> None:
@@ -328,3 +330,22 @@ def test_pages_are_plain_text_of_reasonable_width(page: Path) -> None:
     assert long == []
     assert text.endswith("\n")
     assert str(sys.prefix) not in text
+
+
+def test_the_picture_of_the_cache_is_what_the_books_say() -> None:
+    module = script("gen_kv_cache")
+    assert module.PICTURE.read_text(encoding="utf-8") == module.drawn(module.steps()), "run docs/gen_kv_cache.py"
+
+
+@pytest.mark.parametrize(
+    ("row", "layers", "heads", "head_dim"),
+    [("Phi-3-mini, Phi-3.5-mini", 32, 32, 96), ("Phi-3-medium", 40, 10, 128), ("Phi-4-mini", 32, 8, 128)],
+)
+def test_bytes_per_token(row: str, layers: int, heads: int, head_dim: int) -> None:
+    from ov_phi3.kv_cache import KVLayout
+
+    info: Any = types.SimpleNamespace(num_layers=layers, num_kv_heads=heads, head_dim=head_dim)
+    line = next(line for line in (DOCS / "kv-cache.md").read_text("utf-8").splitlines() if line.startswith(f"| {row}"))
+    shown = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    tokens = [KVLayout(32, *pair).bytes_per_token(info) for pair in (("f16", "f16"), ("u8", "u8"), ("u8", "u4"))]
+    assert shown == [*(f"{size:,.0f}" for size in tokens), f"{round(tokens[1] * 4096 / 2**20)} MiB"]

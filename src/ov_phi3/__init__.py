@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ov_phi3._version import __version__
 
 if TYPE_CHECKING:
-    from ov_phi3.backends import Backend, EngineReport, Request
+    from ov_phi3.backends import Backend, EngineReport, PrefixCache, Request
     from ov_phi3.chat import Chat
     from ov_phi3.device import DeviceInfo, devices
     from ov_phi3.doctor import Check, diagnose
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from ov_phi3.exporter import export
     from ov_phi3.generation_config import GenerationConfig
+    from ov_phi3.kv_cache import KVUsage
     from ov_phi3.loading import LoadReport, ModelWarning, load
     from ov_phi3.measurement import Measurement, measure
     from ov_phi3.metrics import Metrics
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ov_phi3.tokenizer import Tokenizer
 
 _HOMES = {
-    "backends": ("Backend", "EngineReport", "Request"),
+    "backends": ("Backend", "EngineReport", "PrefixCache", "Request"),
     "chat": ("Chat",),
     "device": ("DeviceInfo", "devices"),
     "doctor": ("Check", "diagnose"),
@@ -62,6 +63,7 @@ _HOMES = {
     ),
     "exporter": ("export",),
     "generation_config": ("GenerationConfig",),
+    "kv_cache": ("KVUsage",),
     "loading": ("LoadReport", "ModelWarning", "load"),
     "measurement": ("Measurement", "measure"),
     "metrics": ("Metrics",),
@@ -91,6 +93,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationError",
     "GenerationResult",
+    "KVUsage",
     "LoadReport",
     "Measurement",
     "Metrics",
@@ -98,6 +101,7 @@ __all__ = [
     "ModelInfo",
     "ModelWarning",
     "Pipeline",
+    "PrefixCache",
     "PromptError",
     "Raw",
     "Request",

@@ -52,7 +52,8 @@ class LoadReport:
         total_ms: all of `load`, milliseconds.
         cache: "off", or how the compile cache was used: "fresh" (written), "verified" or "purged".
         cache_dir: the sub-folder used, or None.
-        ov_config: the properties that the engine was given.
+        ov_config: the properties that the engine was given; a scheduler of our own making is left out.
+        kv_cache_tokens: tokens that the KV cache has places for; None for one that grows.
         warnings: what works, but not as it should; also given as `ModelWarning`.
     """
 
@@ -62,6 +63,7 @@ class LoadReport:
     cache: str
     cache_dir: Path | None
     ov_config: Mapping[str, Any]
+    kv_cache_tokens: int | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -131,7 +133,8 @@ def load(
         total_ms=(time.perf_counter() - begun) * 1000.0,
         cache=opened.cache,
         cache_dir=opened.cache_dir,
-        ov_config=opened.properties,
+        ov_config=opened.given,
+        kv_cache_tokens=pool.num_blocks * pool.layout.block_size or None,
         warnings=(*info.warnings, *doubts),
     )
     for doubt in report.warnings:
@@ -221,7 +224,7 @@ class _Opened:
     cache: str
     cache_dir: Path | None
     ledger: BlockLedger | None
-    properties: dict[str, Any]
+    given: dict[str, Any]
     doubts: tuple[str, ...] = ()
 
 
@@ -230,13 +233,14 @@ def _open(
 ) -> _Opened:
     """The engine: on paged attention, or without it where it cannot have that."""
     try:
-        return _open_with(info, device, pool.properties(given), pool, tokenizer)
+        return _open_with(info, device, given, pool.properties(given), pool, tokenizer)
     except Error:
         raise
     except Exception as exc:
         if pool.scheduler and not must_page and "ATTENTION_BACKEND" not in given:
+            given = {**given, "ATTENTION_BACKEND": "SDPA"}
             with contextlib.suppress(Exception):
-                opened = _open_with(info, device, {**given, "ATTENTION_BACKEND": "SDPA"}, pool, tokenizer)
+                opened = _open_with(info, device, given, given, pool, tokenizer)
                 doubt = (
                     f"{device.name} did not take paged attention ({first_sentence(exc)}): there is no prefix cache, "
                     "and every turn of a chat is computed whole."
@@ -246,7 +250,12 @@ def _open(
 
 
 def _open_with(
-    info: ModelInfo, device: DeviceInfo, properties: dict[str, Any], pool: KVPool, tokenizer: Tokenizer
+    info: ModelInfo,
+    device: DeviceInfo,
+    given: dict[str, Any],
+    properties: dict[str, Any],
+    pool: KVPool,
+    tokenizer: Tokenizer,
 ) -> _Opened:
     def compile_with(cache_dir: str) -> LLMPipelineBackend:
         return LLMPipelineBackend(
@@ -276,7 +285,7 @@ def _open_with(
     ledger = None if rules is None else BlockLedger(rules.block_size, rules.num_blocks)
     if ledger is not None and seen:
         ledger.record(probe, seen[:-1], longest=len(seen), exact=True)
-    return _Opened(engine, state, folder, ledger, properties)
+    return _Opened(engine, state, folder, ledger, given)
 
 
 def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
