@@ -102,7 +102,7 @@ class Generator:
         try:
             second = self._piece(backend, self._longer(request, whole, room), rest, lambda *_: watch(prompt, prompt))
         except Cancelled:
-            return replace(report, hit_limit=False, recomputed_tokens=len(whole))
+            return replace(report, hit_limit=False)
         return _joined(report, second, len(first.ids), len(rest.ids), len(whole) - (second.reused_tokens or 0))
 
     def search(self, backend: Backend, request: Request, watch: Watch) -> tuple[list[Hypothesis], int | None]:
@@ -110,7 +110,7 @@ class Generator:
         request, ledger = self._sided(backend, request)
         reused, _ = self._prefill(backend, request, ledger, watch)
         if ledger is None:
-            return backend.search(request), reused
+            return backend.search(request), None if backend.caches(request) else 0
         longest, sequences = request.config.max_new_tokens or 0, _sequences(request.config)
         with _forgetting(ledger):
             try:

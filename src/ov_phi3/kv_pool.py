@@ -99,7 +99,8 @@ def plan(
             return KVPool(layout, 0, window, scheduler=False)
         window, because = _fitted(window, blocks, layout, " (what the scheduler_config's cache holds)")
         return KVPool(layout, blocks, window, False, because)
-    if not paged or device.kind != "CPU":
+    # A draft model shares the places of a cache of fixed size with the model, by GenAI's own reckoning.
+    if not paged or device.kind != "CPU" or "draft_model" in properties:
         return KVPool(layout, 0, window, paged)
     return _in_memory(info, layout, window, context_length is not None, memory or host.Probe().memory())
 
