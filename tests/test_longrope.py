@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -11,10 +11,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from reference import Reference
+from scripted import ScriptedBackend
 
 import ov_phi3
 from ov_phi3 import ConfigError, ModelWarning, Pipeline
 from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
+from ov_phi3.generator import Generator
 
 Model = tuple[Path, Path, int]
 
@@ -144,6 +146,27 @@ class TestCrossing:
         assert [i for c in chunks for i in c.token_ids] == stream.result.token_ids
         assert "".join(c.text for c in chunks) == stream.result.text == paged.tokenizer.decode(stream.result.token_ids)
         assert stream.result.finish_reason == "length"
+
+
+def test_what_the_engine_is_asked_for() -> None:
+    """Two requests that add up to one: no length, end or random number twice."""
+    backend = ScriptedBackend([[5]] * 4)
+    config = ov_phi3.GenerationConfig(max_new_tokens=9, min_new_tokens=6, temperature=1.0, seed=7).resolve(room=99)
+    request = ov_phi3.Request(np.arange(7, dtype=np.int64), config, (2,))
+    seen: list[int] = []
+
+    def emit(ids: Sequence[int]) -> bool:
+        seen.extend(ids)
+        return True
+
+    report = Generator(rope_boundary=10).generate(backend, request, emit, lambda *_: True)
+    first, second = backend.requests
+    assert (first.ids.tolist(), first.past_boundary) == (list(range(7)), False)
+    assert (first.config.max_new_tokens, first.config.min_new_tokens, first.config.seed) == (4, 4, 7)
+    assert (second.ids.tolist(), second.past_boundary) == ([*range(7), 5, 5, 5, 5], True)
+    assert (second.config.max_new_tokens, second.config.min_new_tokens) == (5, 2)
+    assert second.config.seed not in (None, 7)
+    assert (len(seen), report.recomputed_tokens) == (8, 11)
 
 
 def test_a_chat_crosses_is_rewound_and_crosses_again(subject: Pipeline, reference: Reference, longrope: Model) -> None:
