@@ -152,7 +152,8 @@ def _turn(chat: Any, text: str, config: GenerationConfig) -> None:
         result, _ = _show(chat.stream(text, config, on_prefill=bar), bar)
         if result.dropped_messages:
             turns = len(result.dropped_messages) // 2
-            terminal.note(f"[the {turns} oldest turn{'s' * (turns > 1)} dropped, to make room]")
+            gone = "oldest turn was" if turns == 1 else f"{turns} oldest turns were"
+            terminal.note(f"[the {gone} dropped, to make room]")
         terminal.note(_latency(result))
     except Error as exc:
         terminal.note(f"{type(exc).__name__}: {exc}")
