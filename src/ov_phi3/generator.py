@@ -131,7 +131,7 @@ class Generator:
             longest=longest,
             exact=False,
             salt=self._salt(request.past_boundary),
-            others=sequences * _blocks(longest, ledger.block_size),
+            others=_others(request.config, longest, ledger.block_size),
         )
         return found, reused
 
@@ -153,7 +153,7 @@ class Generator:
         counted = _Counted(emit)
         with _forgetting(ledger):
             report = backend.generate(request, counted)
-        self._note(ledger, request, counted)
+        self._note(ledger, request, counted, report)
         ttft = None if report.ttft_ms is None else report.ttft_ms + spent
         return replace(report, reused_tokens=reused, ttft_ms=ttft)
 
@@ -182,20 +182,21 @@ class Generator:
                 part = replace(request, ids=request.ids[:done], config=_ONE_TOKEN, end_ids=())
                 counted = _Counted(lambda _: True)
                 with _forgetting(ledger):
-                    spent += backend.generate(part, counted).ttft_ms or 0.0
-                self._note(ledger, part, counted)
+                    report = backend.generate(part, counted)
+                self._note(ledger, part, counted, report)
+                spent += report.ttft_ms or 0.0
                 _ask(watch, done, total)
         return reused, spent
 
-    def _note(self, ledger: BlockLedger, request: Request, reply: _Counted) -> None:
+    def _note(self, ledger: BlockLedger, request: Request, reply: _Counted, report: EngineReport) -> None:
+        generated = reply.ids if report.generated is None else report.generated
         ledger.record(
             request.ids,
-            # The last token is never fed back; of a reply that was stopped it may have been, and one more, which nobody
-            # saw.
-            reply.ids[:-1],
+            generated[:-1],  # the last token is never fed back
             longest=request.config.max_new_tokens or 0,
-            exact=not reply.stopped and not reply.steps_of_several,
+            exact=report.generated is not None,
             salt=self._salt(request.past_boundary),
+            others=1 if report.generated is None else 0,
         )
 
     def _is_past(self, tokens: int) -> bool:
@@ -233,11 +234,9 @@ class _Counted:
         self._emit = emit
         self.ids: list[int] = []
         self.stopped = False
-        self.steps_of_several = False
 
     def __call__(self, ids: Sequence[int]) -> bool:
         self.ids += ids
-        self.steps_of_several = self.steps_of_several or len(ids) > 1
         if not self._emit(ids):
             self.stopped = True
         return not self.stopped
@@ -257,9 +256,13 @@ def _sequences(config: GenerationConfig) -> int:
     return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
-def _blocks(tokens: int, block: int) -> int:
-    """Blocks that a sequence of its own may take, the one that it copies when it parts from others included."""
-    return -(-tokens // block) + 1
+def _others(config: GenerationConfig, longest: int, block: int) -> int:
+    """The most blocks that several sequences at once may take, besides the prompt's.
+
+    Samples copy the block in which they part, and go on. A beam may copy its last block at every token.
+    """
+    own = longest if (config.num_beams or 1) > 1 else -(-longest // block)
+    return _sequences(config) * (own + 1)
 
 
 def _ask(watch: Watch, done: int, total: int) -> None:

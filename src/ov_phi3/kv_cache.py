@@ -160,8 +160,8 @@ class BlockLedger:
             ids: its prompt, int64, shape [tokens].
             generated: the ids that the engine computed keys for: of a reply, all but the last.
             longest: the reply's limit, in tokens; a cache that grows reckons with it.
-            exact: whether the engine computed these ids and no more. One that was stopped may be a token further, and
-                what its last block is then known by is not known.
+            exact: whether the engine computed these ids and no more. Where it may be further, it is not known what its
+                last block is known by.
             salt: as for `find`.
             others: blocks that the request may have filled with something else: other beams, other samples.
         """
@@ -182,7 +182,7 @@ class BlockLedger:
                 part = content[index * block : (index + 1) * block]
                 key = _key(key, part)
                 self._store(key if exact or len(part) == block else self._unknown_key(), date)
-            for _ in range(others):
+            for _ in range(min(others, self._places or others)):
                 self._store(self._unknown_key(), self._take())
 
     def forget(self) -> None:

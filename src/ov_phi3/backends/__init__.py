@@ -48,6 +48,8 @@ class EngineReport:
         tpot_ms: the engine's own mean time per further token, in milliseconds, or None.
         reused_tokens: prompt tokens found in the cache, or None where that cannot be known.
         recomputed_tokens: tokens computed a second time, as the reply grew past the LongRoPE boundary.
+        generated: every id that the engine generated, with those behind a stop that nobody saw; None where it does not
+            tell, or computed others besides.
     """
 
     hit_limit: bool
@@ -55,6 +57,7 @@ class EngineReport:
     tpot_ms: float | None = None
     reused_tokens: int | None = None
     recomputed_tokens: int = 0
+    generated: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

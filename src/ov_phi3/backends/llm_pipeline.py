@@ -120,6 +120,7 @@ class LLMPipelineBackend:
             ttft_ms=float(perf.get_ttft().mean) if tokens else None,
             tpot_ms=float(perf.get_tpot().mean) if tokens > 1 else None,
             reused_tokens=None if self.caches(request) else 0,
+            generated=None if self._assisted else [int(token) for token in out.tokens[0]],
         )
 
     def search(self, request: Request) -> list[Hypothesis]:
