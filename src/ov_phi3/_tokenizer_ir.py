@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3._core import shared_core
 from ov_phi3.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DetokenizerGraph", "TokenizerGraph"]
 
-# One Core for all tokenizers of the process, never freed: graphs hold operations that live in the extension library,
-# and unloading the library before the last of them is gone crashes the interpreter at exit.
+# Graphs hold operations that live in the extension library, and unloading it before the last of them is gone crashes
+# the interpreter at exit. The shared Core is never freed.
 _core: Any = None
 _core_lock = threading.Lock()
 
@@ -36,9 +37,7 @@ def _tokenizer_core() -> Any:
     global _core
     with _core_lock:
         if _core is None:
-            import openvino
-
-            core = openvino.Core()
+            core = shared_core()
             core.add_extension(str(_extension_library()))
             _core = core
     return _core

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ov_phi3._core import shared_core
 from ov_phi3.device_config import latency_properties, merge_config
 from ov_phi3.errors import ConfigError, DeviceError, did_you_mean
 from ov_phi3.host import Probe, gpu_obstacles
@@ -85,12 +86,11 @@ def devices(core: Any = None) -> list[DeviceInfo]:
 
 def _new_core() -> Any:
     try:
-        import openvino
+        return shared_core()
     except ImportError as error:
         raise DeviceError(
             f"openvino cannot be imported ({error}); reinstall it: pip install --force-reinstall openvino"
         ) from error
-    return openvino.Core()
 
 
 def _describe(core: Any, name: str) -> DeviceInfo:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ov_phi3._core import shared_core
 from ov_phi3.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -127,6 +128,4 @@ def _cache_dir(value: object) -> str:
 
 
 def _supported_properties(name: str) -> dict[str, str]:
-    import openvino
-
-    return {str(key): str(access) for key, access in openvino.Core().get_property(name, "SUPPORTED_PROPERTIES").items()}
+    return {str(key): str(access) for key, access in shared_core().get_property(name, "SUPPORTED_PROPERTIES").items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
+from ov_phi3._core import shared_core
 from ov_phi3.backends import BACKENDS, Backend, Request
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
 from ov_phi3.compile_cache import cache_key, load_guarded, prepare
@@ -292,11 +293,9 @@ def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
     """Whether an engine that did not load tells of the properties, the model's files or the device."""
     found = devices.explain_device_failure(exc, device)
     if not isinstance(found, ConfigError):
-        import openvino
-
         path = info.path / "openvino_model.xml"
         try:
-            openvino.Core().read_model(path)
+            shared_core().read_model(path)
         except Exception as broken:  # noqa: BLE001 - whatever the reader makes of a damaged file
             said = " ".join(str(broken).split())[-200:]
             return ModelError(f"{path} is damaged, or not of this OpenVINO: {said} Export the model again.")

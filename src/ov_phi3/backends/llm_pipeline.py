@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3._core import keeping_signal_stack
 from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
 from ov_phi3.errors import ConfigError
@@ -65,7 +66,8 @@ class LLMPipelineBackend:
         self._rules_known = self._caches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
         self._block_size = block_size
         self._marks = False
-        self._pipeline: Any = self._load()
+        with keeping_signal_stack():
+            self._pipeline: Any = self._load()
 
     def _load(self) -> Any:
         """The pipeline; a LongRoPE model on paged attention with its graph edited, or without a prefix cache."""
@@ -141,7 +143,8 @@ class LLMPipelineBackend:
         if self._uncached is None:
             properties = {k: v for k, v in self._properties.items() if k != "scheduler_config"}
             properties["ATTENTION_BACKEND"] = "SDPA"
-            self._uncached = self._genai.LLMPipeline(str(self._model_dir), self._device, **properties)
+            with keeping_signal_stack():
+                self._uncached = self._genai.LLMPipeline(str(self._model_dir), self._device, **properties)
         return self._uncached
 
     def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:

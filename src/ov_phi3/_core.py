@@ -1,0 +1,67 @@
+"""The one `openvino.Core` of this library, and a guard around what makes others.
+
+The CPU plugin gives the thread that first uses it a signal stack of its own, and takes it back when its `Core` goes. Of
+two Cores that go in the order in which they came, the second puts back the first one's stack, which is gone by then;
+one that goes in another thread leaves its own behind. The next signal, a Ctrl-C say, then kills the process (SIGSEGV;
+seen with openvino 2026.4.1 on Linux, where `LLMPipeline` makes Cores of its own). `keeping_signal_stack` puts the
+thread's stack back at once, so that none of them is ever in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["keeping_signal_stack", "shared_core"]
+
+_lock = threading.Lock()
+
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def keeping_signal_stack() -> Iterator[None]:
+    """Leave this thread with the signal stack that it came with."""
+    if sys.platform != "linux":
+        yield
+        return
+    change = ctypes.CDLL(None).sigaltstack
+    before = _Stack()
+    known = change(None, ctypes.byref(before)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            change(ctypes.byref(before), None)
+
+
+def shared_core() -> openvino.Core:
+    """The Core. Imports openvino on first use.
+
+    Raises:
+        ImportError: openvino is missing or broken.
+    """
+    with _lock:
+        return _made()
+
+
+@functools.cache
+def _made() -> openvino.Core:
+    import openvino
+
+    core = openvino.Core()
+    with keeping_signal_stack(), contextlib.suppress(RuntimeError):
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, here and not later
+    return core
