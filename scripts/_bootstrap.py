@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "scripts" / "models"
@@ -57,7 +58,15 @@ TINY: dict[str, dict[str, object]] = {
     "longrope256": {**longrope(256, 2048), "kv_heads": 2},
     "sliding": {"seed": 3, "sliding_window": 2047},
 }
-BASES = ("demo", *TINY)
+# Phi-3-mini-4k's sizes, for as many layers as the name says: "mini32" is as large as the real one.
+MINI: dict[str, object] = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "heads": 32,
+    "sliding_window": 2047,
+    "dtype": "float16",
+}
+BASES = ("demo", *TINY, "mini<layers>")
 RECIPES = ("int4", "int4-max", "int8", "fp16", "fp32")
 
 MARKER = ".ov-phi3-environment"
@@ -143,7 +152,14 @@ def child_environment() -> dict[str, str]:
     }
 
 
-def run_step(title: str, command: Sequence[str | Path], log: Path, *, cwd: Path = ROOT) -> None:
+def run_step(
+    title: str,
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Run a command with progress, its output in ``log``; a failure is a ``BootstrapError`` with its last words."""
     display = Display(title)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +169,12 @@ def run_step(title: str, command: Sequence[str | Path], log: Path, *, cwd: Path 
         out.flush()
         try:
             process = subprocess.Popen(
-                arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=cwd, env=child_environment()
+                arguments,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                cwd=cwd,
+                env={**child_environment(), **(variables or {})},
             )
         except OSError as error:
             raise BootstrapError(f"{title}: cannot start {arguments[0]}: {error.strerror}") from None
@@ -256,13 +277,13 @@ def environment_stamp(venv: Path, requirements: Sequence[str]) -> str:
     return digest(str(venv), str(ROOT), sys.version, sys.base_prefix, *requirements, *files, ROOT / "pyproject.toml")
 
 
-def _starts(venv: Path) -> bool:
+def _starts(venv: Path, modules: str = "ov_phi3, pip") -> bool:
     """Tell whether the interpreter of an environment still runs; it does not once the Python that it was made from is
     gone.
     """
     try:
         done = subprocess.run(
-            [venv_python(venv), "-c", "import ov_phi3, pip"],
+            [venv_python(venv), "-c", f"import {modules}"],
             capture_output=True,
             check=False,
             timeout=120,
@@ -309,7 +330,9 @@ def clear_environment(venv: Path) -> None:
         ) from None
 
 
-def install_commands(python: Path, requirements: Sequence[str]) -> list[tuple[str, list[str | Path]]]:
+def install_commands(
+    python: Path, requirements: Sequence[str], *, library: bool = True
+) -> list[tuple[str, list[str | Path]]]:
     """Return the pip calls that fill an environment, in their order; the requirement files say why."""
     pip: list[str | Path] = [python, "-m", "pip", "install", "--progress-bar", "off"]
     torch = REQUIREMENTS / "torch.txt"
@@ -319,25 +342,35 @@ def install_commands(python: Path, requirements: Sequence[str]) -> list[tuple[st
         commands.append(("install torch", [*pip, "-r", torch]))
     named: list[str | Path] = [part for name in requirements for part in ("-r", REQUIREMENTS / f"{name}.txt")]
     constraint: list[str | Path] = ["-c", torch] if exporter else []
-    commands.append(
-        (f"install ov-phi3 and {', '.join(requirements)} packages", [*pip, "-e", ROOT, *named, *constraint])
-    )
+    ours: list[str | Path] = ["-e", ROOT] if library else []
+    title = f"install {'ov-phi3 and ' if library else ''}{', '.join(requirements)} packages"
+    commands.append((title, [*pip, *ours, *named, *constraint]))
     if exporter:
         commands.append(("install the exporter", [*pip, "--no-deps", "-r", REQUIREMENTS / "export-no-deps.txt"]))
     return commands
 
 
-def ensure_environment(venv: Path, requirements: Sequence[str]) -> Path:
-    """Make an environment with the library (editable) and the named requirement files, or reuse it; return its
-    interpreter.
+def ensure_environment(
+    venv: Path,
+    requirements: Sequence[str],
+    *,
+    library: bool = True,
+    variables: Mapping[str, str] | None = None,
+) -> Path:
+    """Make an environment with the named requirement files and, unless told otherwise, the library (editable), or reuse
+    it; return its interpreter. ``variables`` are for the builds of packages that come as source only.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 - the one place that an older Python may reach
         raise BootstrapError(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     venv = venv.absolute()
     names = [*requirements, *(("torch", "export-no-deps") if "export" in requirements else ())]
     stamp = environment_stamp(venv, names)
+
+    def works(place: Path) -> bool:
+        return _starts(place) if library else _starts(place, "pip")
+
     with lock(f"environment-{digest(str(venv))[:12]}"):
-        if is_current(venv, stamp):
+        if is_current(venv, stamp, works):
             print(f"- environment {venv}: up to date", flush=True)
             return venv_python(venv)
         clear_environment(venv)
@@ -345,9 +378,9 @@ def ensure_environment(venv: Path, requirements: Sequence[str]) -> Path:
         (venv / MARKER).write_text("Made by a script of ov-phi3, which may remove it.\n", encoding="utf-8")
         log = _new_log(f"install-{venv.name.strip('.')}")
         run_step(f"make the environment {venv}", [sys.executable, "-m", "venv", venv], log)
-        for title, command in install_commands(venv_python(venv), requirements):
-            run_step(title, command, log)
-        if not _starts(venv):
+        for title, command in install_commands(venv_python(venv), requirements, library=library):
+            run_step(title, command, log, variables=variables)
+        if not works(venv):
             raise BootstrapError(f"the new environment {venv} does not start -- log: {log}")
         (venv / STAMP).write_text(stamp, encoding="utf-8")
     return venv_python(venv)
@@ -379,7 +412,7 @@ class Model:
     @property
     def options(self) -> list[str]:
         """What the builder is told to make, besides the place."""
-        options = TINY.get(self.base)
+        options = {**MINI, "layers": int(self.base[4:])} if _is_mini(self.base) else TINY.get(self.base)
         return ["--options", json.dumps(options)] if options else []
 
     def inputs(self) -> list[Path]:
@@ -393,10 +426,15 @@ class Model:
         return files
 
 
+def _is_mini(base: str) -> bool:
+    """Tell whether a base is a full-width Phi-3-mini of some number of layers."""
+    return re.fullmatch(r"mini[1-9]\d{0,2}", base) is not None
+
+
 def parse_model(name: str) -> Model:
     """Read a model's name: a base with ``-hf``, or with a recipe, as in ``demo-int4``."""
     base, _, kind = name.partition("-")
-    if base not in BASES or kind not in ("hf", *RECIPES):
+    if (base not in ("demo", *TINY) and not _is_mini(base)) or kind not in ("hf", *RECIPES):
         raise BootstrapError(
             f"unknown model {name!r}: one of {', '.join(BASES)}, then -hf or one of "
             f"{', '.join('-' + r for r in RECIPES)}"

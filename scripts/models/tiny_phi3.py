@@ -1,5 +1,5 @@
-"""Build a small random Phi-3 with the real Phi-3 tokenizer, so that its ids (32000 to 32010 among them) are tested for
-real.
+"""Build a random Phi-3 of any size with the real Phi-3 tokenizer: a small one, so that its ids (32000 to 32010 among
+them) are tested for real, or a full-size one, whose speed can be measured without a download.
 
 The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution; special tokens, chat
 template and ids are those published with microsoft/Phi-3-mini-4k-instruct. The weights are noise, drawn wide enough
@@ -22,6 +22,8 @@ from fetch import fetch
 from model_files import PHI3_TEMPLATE, default_downloads, whole_directory, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from tokenizers import AddedToken, Tokenizer
 
@@ -152,8 +154,11 @@ def tokenizer_config(context: int) -> dict[str, Any]:
     }
 
 
-def weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:
-    """Draw the weights: normal, each matrix scaled to its number of inputs."""
+def weights(config: dict[str, Any], seed: int) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """Draw the weights, normal, each matrix scaled to its number of inputs: the embedding, every layer, the head.
+
+    One part at a time, since all of a full-size model would not fit beside what its export needs.
+    """
     rng = np.random.default_rng(seed)
     width, inner = config["hidden_size"], config["intermediate_size"]
     head = width // config["num_attention_heads"]
@@ -162,18 +167,33 @@ def weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]
     def matrix(rows: int, columns: int, gain: float = GAIN) -> NDArray[np.float32]:
         return np.asarray(rng.standard_normal((rows, columns)) * (gain / columns**0.5), dtype=np.float32)
 
-    drawn = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, width, gain=width**0.5)}
+    yield {"model.embed_tokens.weight": matrix(VOCAB_SIZE, width, gain=width**0.5)}
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}."
-        drawn[name + "self_attn.qkv_proj.weight"] = matrix(width + 2 * kv, width)
-        drawn[name + "self_attn.o_proj.weight"] = matrix(width, width)
-        drawn[name + "mlp.gate_up_proj.weight"] = matrix(2 * inner, width)
-        drawn[name + "mlp.down_proj.weight"] = matrix(width, inner)
-        drawn[name + "input_layernorm.weight"] = np.ones(width, np.float32)
-        drawn[name + "post_attention_layernorm.weight"] = np.ones(width, np.float32)
-    drawn["model.norm.weight"] = np.ones(width, np.float32)
-    drawn["lm_head.weight"] = matrix(VOCAB_SIZE, width, gain=2.0)
-    return drawn
+        yield {
+            name + "self_attn.qkv_proj.weight": matrix(width + 2 * kv, width),
+            name + "self_attn.o_proj.weight": matrix(width, width),
+            name + "mlp.gate_up_proj.weight": matrix(2 * inner, width),
+            name + "mlp.down_proj.weight": matrix(width, inner),
+            name + "input_layernorm.weight": np.ones(width, np.float32),
+            name + "post_attention_layernorm.weight": np.ones(width, np.float32),
+        }
+    yield {"model.norm.weight": np.ones(width, np.float32), "lm_head.weight": matrix(VOCAB_SIZE, width, gain=2.0)}
+
+
+def save_weights(folder: Path, parts: Iterator[dict[str, NDArray[np.float32]]], count: int, dtype: str) -> None:
+    """Write each of ``count`` parts as a file of its own, and the index that says what is where."""
+    from safetensors.numpy import save_file
+
+    where: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, start=1):
+        stored = {name: weight.astype(dtype) for name, weight in part.items()}
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        save_file(stored, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(stored, file))
+        total += sum(weight.nbytes for weight in stored.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def build(
@@ -189,16 +209,16 @@ def build(
     original_max_position_embeddings: int | None = None,
     rope_scaling: dict[str, Any] | None = None,
     sliding_window: int | None = None,
+    dtype: str = "float32",
     downloads: Path | None = None,
 ) -> Path:
     """Build the model in Hugging Face format at ``out``, with ``tokenizer_vectors.json`` beside it.
 
     ``rope_scaling`` is written as published: ``{"type": "longrope", "short_factor": [...], "long_factor": [...]}`` with
     ``hidden_size / heads / 2`` numbers each, together with ``original_max_position_embeddings``, where the factors
-    switch. ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here.
+    switch. ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here. ``dtype`` is how the weights are
+    stored, "float32" or "float16".
     """
-    from safetensors.numpy import save_file
-
     config = {
         "architectures": ["Phi3ForCausalLM"],
         "attention_bias": False,
@@ -223,12 +243,12 @@ def build(
         "rope_theta": 10000.0,
         "sliding_window": sliding_window,
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": VOCAB_SIZE,
     }
     with whole_directory(out) as folder:
-        save_file(weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        save_weights(folder, weights(config, seed), layers + 2, dtype)
         write_json(folder / "config.json", config)
         generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
         write_json(folder / "generation_config.json", generation)
@@ -239,7 +259,7 @@ def build(
 
 
 def main() -> None:
-    """Build a test model from the command line; the options are those of ``build``."""
+    """Build a model from the command line; the options are those of ``build``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write, replaced if it exists")
     parser.add_argument("--downloads", type=Path, help="folder of downloaded packages")

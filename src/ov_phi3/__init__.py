@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from ov_phi3.generation_config import GenerationConfig
     from ov_phi3.kv_cache import KVUsage
     from ov_phi3.loading import LoadReport, ModelWarning, load
-    from ov_phi3.measurement import Measurement, measure
+    from ov_phi3.machine import Machine
+    from ov_phi3.measurement import ChatTurn, Measurement, Report, measure, random_prompt
     from ov_phi3.metrics import Metrics
     from ov_phi3.model_info import ModelInfo
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.results import Alternative, GenerationResult, StreamChunk
+    from ov_phi3.roofline import Roofline
     from ov_phi3.stream import TokenStream
+    from ov_phi3.summary import Summary
     from ov_phi3.template import ChatTemplate, Raw
     from ov_phi3.tokenizer import Tokenizer
 
@@ -65,12 +68,15 @@ _HOMES = {
     "generation_config": ("GenerationConfig",),
     "kv_cache": ("KVUsage",),
     "loading": ("LoadReport", "ModelWarning", "load"),
-    "measurement": ("Measurement", "measure"),
+    "machine": ("Machine",),
+    "measurement": ("ChatTurn", "Measurement", "Report", "measure", "random_prompt"),
     "metrics": ("Metrics",),
     "model_info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
     "results": ("Alternative", "GenerationResult", "StreamChunk"),
+    "roofline": ("Roofline",),
     "stream": ("TokenStream",),
+    "summary": ("Summary",),
     "template": ("ChatTemplate", "Raw"),
     "tokenizer": ("Tokenizer",),
 }
@@ -81,6 +87,7 @@ __all__ = [
     "Backend",
     "Chat",
     "ChatTemplate",
+    "ChatTurn",
     "Check",
     "ClosedError",
     "ConfigError",
@@ -95,6 +102,7 @@ __all__ = [
     "GenerationResult",
     "KVUsage",
     "LoadReport",
+    "Machine",
     "Measurement",
     "Metrics",
     "ModelError",
@@ -104,10 +112,13 @@ __all__ = [
     "PrefixCache",
     "PromptError",
     "Raw",
+    "Report",
     "Request",
+    "Roofline",
     "SnapshotError",
     "StreamChunk",
     "StreamError",
+    "Summary",
     "TemplateError",
     "TokenStream",
     "Tokenizer",
@@ -117,6 +128,7 @@ __all__ = [
     "export",
     "load",
     "measure",
+    "random_prompt",
 ]
 
 

@@ -54,6 +54,7 @@ class LoadReport:
         cache: "off", or how the compile cache was used: "fresh" (written), "verified" or "purged".
         cache_dir: the sub-folder used, or None.
         ov_config: the properties that the engine was given; a scheduler of our own making is left out.
+        backend: the name of the engine's backend.
         kv_cache_tokens: tokens that the KV cache has places for; None for one that grows.
         warnings: what works, but not as it should; also given as `ModelWarning`.
     """
@@ -64,6 +65,7 @@ class LoadReport:
     cache: str
     cache_dir: Path | None
     ov_config: Mapping[str, Any]
+    backend: str
     kv_cache_tokens: int | None = None
     warnings: tuple[str, ...] = ()
 
@@ -135,6 +137,7 @@ def load(
         cache=opened.cache,
         cache_dir=opened.cache_dir,
         ov_config=opened.given,
+        backend=backend,
         kv_cache_tokens=pool.num_blocks * pool.layout.block_size or None,
         warnings=(*info.warnings, *doubts),
     )

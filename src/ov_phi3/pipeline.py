@@ -72,6 +72,7 @@ class Pipeline:
         self._generator = generator or Generator()
         self._pool = pool or KVPool(KVLayout(block_size=32), 0, context_length, scheduler=False)
         self._backend: Backend | None = backend
+        self._asked = False
         self._turns = Turns()
         self._state = threading.Lock()
         # The interpreter holds a thread for as long as it runs, so what is in here has not ended yet.
@@ -167,6 +168,11 @@ class Pipeline:
             raise PromptError("the prompt is empty; give a text, messages or token ids.")
         return ids
 
+    @property
+    def unused(self) -> bool:
+        """Whether nothing was asked of it yet, so that the next request pays for the first inference."""
+        return not self._asked
+
     def warmup(self) -> float:
         """Run one short inference now, so that the first request does not pay for it; returns its milliseconds."""
         begun = time.perf_counter()
@@ -233,6 +239,7 @@ class Pipeline:
                 self._engine()
                 thread = new_worker(channel, lambda: reply.run(engine, turns, turn))
                 self._live[thread] = channel
+                self._asked = True
                 thread.start()
             return TokenStream(channel)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterator
 
     from ov_phi3._export.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
-__all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress"]
+__all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress", "status_line"]
 
 
 def dim(text: str) -> str:
@@ -39,6 +41,22 @@ def progress(line: ProgressLine) -> None:
         note((_CLEAR if watched else "") + line)
     elif watched:
         note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line that says what is going on, redrawn on a terminal and gone at the end; nothing anywhere else."""
+    watched = sys.stderr.isatty()
+
+    def tell(text: str) -> None:
+        if watched:
+            note(_CLEAR + text[: shutil.get_terminal_size().columns - 1], end="")
+
+    try:
+        yield tell
+    finally:
+        if watched:
+            print(_CLEAR, end="", file=sys.stderr, flush=True)
 
 
 class PrefillBar:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError
+from ov_phi3.report_text import table
 
 __all__ = ["add_bench", "add_devices", "add_doctor", "add_export"]
 
@@ -84,43 +85,59 @@ def add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="first-token and per-token latency",
-        description="First-token (TTFT) and per-token (TPOT) latency, medians over fresh prompts of exact lengths.",
+        description="First-token (TTFT) and per-token (TPOT) latency, medians over fresh prompts of exact lengths, and "
+        "how near it is to the speed that memory allows.",
     )
     terminal.add_load_arguments(parser)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256], metavar="N", help="prompt lengths")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        nargs="+",
+        default=[32, 256],
+        metavar="N",
+        help="prompt lengths (default: 32 256)",
+    )
     parser.add_argument(
         "--new-tokens", type=int, default=64, metavar="N", help="tokens per reply (default: %(default)s)"
     )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="replies per length (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print every sample as JSON")
+    parser.add_argument(
+        "--ends",
+        choices=["forced", "natural"],
+        default="forced",
+        help="whether all replies have --new-tokens tokens, or end tokens end them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chat-turns", type=int, default=0, metavar="N", help="turns of a chat too (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--roofline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the memory's bandwidth too, and say how much of it is used (default: yes)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON, every sample in it")
     parser.set_defaults(run=_bench)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from ov_phi3.measurement import measure
 
-    with terminal.load(args) as pipe:
-        warmup = pipe.warmup()
-        found = measure(pipe, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, repeat=args.repeat)
-        if args.json:
-            report = {
-                "device": asdict(pipe.device),
-                "model": str(pipe.info.path),
-                "load_ms": pipe.load_report.total_ms,
-                "warmup_ms": warmup,
-                "measurements": [m.to_dict() for m in found],
-            }
-            print(json.dumps(report, indent=2))
-            return 0
-        rows = [("prompt tokens", "TTFT ms", "TPOT ms", "tokens/s", "total ms")]
-        for m in found:
-            tpot = (f"{m.tpot_ms:.1f}", f"{1000 / m.tpot_ms:.1f}") if m.tpot_ms else ("-", "-")
-            rows.append((str(m.prompt_tokens), f"{m.ttft_ms:.0f}", *tpot, f"{m.total_ms:.0f}"))
-        print(_table(rows))
-        print(
-            f"medians of {args.repeat} replies of {args.new_tokens} tokens, forced length, no cached prompt; "
-            f"load {pipe.load_report.total_ms / 1000:.1f} s, first inference {warmup:.0f} ms"
+    with terminal.load(args) as pipe, terminal.status_line() as tell:
+        report = measure(
+            pipe,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            repeat=args.repeat,
+            ends=args.ends,
+            chat_turns=args.chat_turns,
+            roofline=args.roofline,
+            seed=args.seed,
+            progress=tell,
         )
+
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
 
 
@@ -138,7 +155,7 @@ def _devices(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(d) for d in found], indent=2))
     else:
-        print(_table([(d.name, d.full_name, _kind(d)) for d in found]))
+        print(table([(d.name, d.full_name, _kind(d)) for d in found]))
     return 0
 
 
@@ -180,18 +197,3 @@ def _doctor(args: argparse.Namespace) -> int:
     failed = [c.name for c in checks if c.status == "error"]
     print(f"ov-phi3: {len(failed)} check(s) failed: {', '.join(failed)}", file=sys.stderr)
     return 1
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows in columns, numbers to the right."""
-    table = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    numeric = [all(_is_number(row[i]) for row in table[1:]) and len(table) > 1 for i in range(len(widths))]
-    return "\n".join(
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
-        for row in table
-    )
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit() or text == "-"

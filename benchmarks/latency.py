@@ -1,0 +1,91 @@
+"""First-token and per-token latency of a model on one device, with everything that the figures depend on.
+
+    python benchmarks/latency.py MODEL [--device CPU] [--prompt-tokens 32 256 1024 2048] [--json FILE] [--plot FOLDER]
+
+The device is GPU.0 unless another is named, and no other device is ever measured in its place: where it is absent, the
+exit code is 2. Prompts have exact lengths and fresh content, so that no prefix cache flatters a first token; one reply
+of each length goes first and does not count. `docs/benchmarks.md` defines every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from _environment import run_installed
+
+run_installed("matplotlib")
+
+import ov_phi3  # noqa: E402
+from _common import add_model_arguments, load_options, progress, refusal, write_json  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser, device="GPU.0")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256, 1024, 2048], metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="replies per length (default: %(default)s)")
+    parser.add_argument("--ends", choices=["forced", "natural"], default="forced", help="default: %(default)s")
+    parser.add_argument("--chat-turns", type=int, default=10, metavar="N", help="0 for no chat (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw latency, gaps and chat turns as PNG files")
+    return parser.parse_args()
+
+
+def lengths_that_fit(wanted: list[int], new_tokens: int, window: int) -> list[int]:
+    """The prompt lengths that the context window holds together with a reply; says which are left out."""
+    for tokens in wanted:
+        if tokens + new_tokens > window:
+            print(
+                f"left out: {tokens} prompt tokens and {new_tokens} new ones do not fit the window of {window} tokens"
+            )
+    return [tokens for tokens in wanted if tokens + new_tokens <= window]
+
+
+def measured(options: argparse.Namespace) -> ov_phi3.Report:
+    """Load and measure."""
+    progress("loading")
+    try:
+        with ov_phi3.load(options.model, **load_options(options)) as pipe:
+            return ov_phi3.measure(
+                pipe,
+                prompt_tokens=lengths_that_fit(options.prompt_tokens, options.new_tokens, pipe.context_length),
+                new_tokens=options.new_tokens,
+                repeat=options.repeat,
+                ends=options.ends,
+                chat_turns=options.chat_turns,
+                seed=options.seed,
+                progress=progress,
+            )
+    finally:
+        progress("")
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = parse_arguments()
+    try:
+        problem = refusal(options)
+        if problem is not None:
+            print(f"latency.py: {problem}", file=sys.stderr)
+            return 2
+        report = measured(options)
+    except ov_phi3.Error as error:
+        print(f"latency.py: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ov_phi3.ConfigError) else 1
+    print(report)
+    if options.json:
+        write_json(options.json, report.to_dict())
+    if options.plot:
+        from _plots import plot_report
+
+        for path in plot_report(report, options.plot):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""`ov_phi3`, read as a user reads it: a for loop over the stream, in the consumer's thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from protocol import Stamp, serve
+
+
+class OvPhi3:
+    """The library of this repository."""
+
+    modules = ("ov_phi3",)
+    packages = ("ov-phi3", "openvino", "openvino-genai")
+
+    def load(self, options: dict[str, Any]) -> None:
+        """Load with the library's own defaults, and the number of threads."""
+        import ov_phi3
+
+        threads = {"INFERENCE_NUM_THREADS": str(options["threads"])} if options["device"] == "CPU" else None
+        self.pipe = ov_phi3.load(options["model"], options["device"], ov_config=threads)
+
+    def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
+        """Stream a reply."""
+        for chunk in self.pipe.stream(ids, max_new_tokens=new_tokens, ignore_eos=True, do_sample=False):
+            if chunk.token_ids:
+                stamp(chunk.token_ids)
+
+
+if __name__ == "__main__":
+    serve(OvPhi3())
