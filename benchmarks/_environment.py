@@ -28,6 +28,7 @@ __all__ = [
     "cache_dir",
     "child_environment",
     "demo_gguf",
+    "demo_model",
     "ensure_environment",
     "ensure_model",
     "export_python",
@@ -60,6 +61,11 @@ def run_installed(*packages: str) -> None:
 def export_python() -> Path:
     """The interpreter of the quickstart's environment, which can export models and has optimum-intel."""
     return ensure_environment(ROOT / ".venv", ["export"])
+
+
+def demo_model(recipe: str) -> Path:
+    """The demo model, exported with a recipe."""
+    return ensure_model(f"demo-{recipe}", export_python())
 
 
 def demo_gguf() -> Path:

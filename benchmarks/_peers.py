@@ -175,16 +175,15 @@ PEERS = (
         "llama_cpp_peer.py",
         _llama_cpp,
         ("CPU",),
-        "the same weights before quantisation: the Q4_1 file that the demo model was made from, its embedding included, "
-        "against int4 in groups of 64 and 128 with 40 % of the layers and the embedding in 8 bits; float16 KV cache "
-        "against 8 bits",
+        "the same weights before quantisation: all layers in 4 bits (Q4_1), where the IR has 40 % of them in 8; the "
+        "embedding in 8 bits in both; KV cache of 16 bits against 8",
     ),
     Peer(
         "onnxruntime-genai",
         "ort_genai_peer.py",
         _ort_genai,
         ("CPU",),
-        "the same weights before quantisation: int4 in blocks of 32 for all matrices, the output layer included, against "
-        "int4 with 40 % of the layers and the output layer in 8 bits; float32 KV cache against 8 bits",
+        "the same weights before quantisation, in 4 bits with blocks of 32, the output layer too, where the IR has 8 "
+        "bits for that and for 40 % of the layers; KV cache of 32 bits against 8",
     ),
 )

@@ -267,14 +267,15 @@ def venv_command(venv: Path, name: str) -> Path:
     return venv_python(venv).with_name(f"{name}.exe" if os.name == "nt" else name)
 
 
-def environment_stamp(venv: Path, requirements: Sequence[str]) -> str:
+def environment_stamp(venv: Path, requirements: Sequence[str], *, library: bool = True) -> str:
     """Return what an environment was made from: a change of any of it means making it again.
 
     The place is part of it, since an environment cannot be moved; the library's code is not, since it is installed
     editable.
     """
     files = [REQUIREMENTS / f"{name}.txt" for name in requirements]
-    return digest(str(venv), str(ROOT), sys.version, sys.base_prefix, *requirements, *files, ROOT / "pyproject.toml")
+    checkout: tuple[str | Path, ...] = (str(ROOT), ROOT / "pyproject.toml") if library else ()
+    return digest(str(venv), *checkout, sys.version, sys.base_prefix, *requirements, *files)
 
 
 def _starts(venv: Path, modules: str = "ov_phi3, pip") -> bool:
@@ -364,7 +365,7 @@ def ensure_environment(
         raise BootstrapError(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     venv = venv.absolute()
     names = [*requirements, *(("torch", "export-no-deps") if "export" in requirements else ())]
-    stamp = environment_stamp(venv, names)
+    stamp = environment_stamp(venv, names, library=library)
 
     def works(place: Path) -> bool:
         return _starts(place) if library else _starts(place, "pip")

@@ -10,9 +10,10 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
@@ -32,7 +33,14 @@ from ov_phi3.tokenizer import Tokenizer
 from ov_phi3.worker import first_sentence
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ov_phi3.device import DeviceInfo
+
+    _Opening: TypeAlias = Future[tuple[Tokenizer, float]]
 
 __all__ = ["LoadReport", "ModelWarning", "load"]
 
@@ -122,10 +130,16 @@ def load(
     chosen = _device(device)
     properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
     pool = plan(info, chosen, properties, context_length=context_length, kv_cache_gb=kv_cache_gb)
-    tokenizer, tokenizer_ms = _timed(
-        lambda: Tokenizer(info.path, template or ChatTemplate.for_info(info), vocab_size=info.vocab_size)
-    )
-    opened, model_ms = _timed(lambda: _open(info, chosen, properties, pool, tokenizer, kv_cache_gb is not None))
+    # The tokenizer is opened beside the model, which takes ten times as long and leaves a core free for most of it.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        layout = template or ChatTemplate.for_info(info)
+        opening = beside.submit(_timed, lambda: Tokenizer(info.path, layout, vocab_size=info.vocab_size))
+        try:
+            opened, model_ms = _timed(lambda: _open(info, chosen, properties, pool, opening, kv_cache_gb is not None))
+        except Error:
+            opening.result()  # a broken tokenizer keeps the engine from loading, too: then that is what to tell
+            raise
+        tokenizer, tokenizer_ms = opening.result()
     engine = opened.engine
     doubts += [*pool.doubts, *opened.doubts, *engine.doubts]
     if template is None:
@@ -233,18 +247,18 @@ class _Opened:
 
 
 def _open(
-    info: ModelInfo, device: DeviceInfo, given: dict[str, Any], pool: KVPool, tokenizer: Tokenizer, must_page: bool
+    info: ModelInfo, device: DeviceInfo, given: dict[str, Any], pool: KVPool, opening: _Opening, must_page: bool
 ) -> _Opened:
     """The engine: on paged attention, or without it where it cannot have that."""
     try:
-        return _open_with(info, device, given, pool.properties(given), pool, tokenizer)
+        return _open_with(info, device, given, pool.properties(given), pool, opening)
     except Error:
         raise
     except Exception as exc:
         if pool.scheduler and not must_page and "ATTENTION_BACKEND" not in given:
             given = {**given, "ATTENTION_BACKEND": "SDPA"}
             with contextlib.suppress(Exception):
-                opened = _open_with(info, device, given, given, pool, tokenizer)
+                opened = _open_with(info, device, given, given, pool, opening)
                 doubt = (
                     f"{device.name} did not take paged attention ({first_sentence(exc)}): there is no prefix cache, "
                     "and every turn of a chat is computed whole."
@@ -259,7 +273,7 @@ def _open_with(
     given: dict[str, Any],
     properties: dict[str, Any],
     pool: KVPool,
-    tokenizer: Tokenizer,
+    opening: _Opening,
 ) -> _Opened:
     def compile_with(cache_dir: str) -> LLMPipelineBackend:
         return LLMPipelineBackend(
@@ -270,12 +284,14 @@ def _open_with(
             rope_boundary=info.rope_boundary,
         )
 
-    probe = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
     base, folder, state = properties["CACHE_DIR"], None, "off"
+    probe: NDArray[np.int64] | None = None
     seen: list[int] = []
     if not base:
         engine = compile_with("")
     else:
+        tokenizer, _ = opening.result()
+        probe = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
         # A scheduler has no bearing on what is compiled, and its text is not the same twice.
         compiled = {k: v for k, v in properties.items() if k != "scheduler_config"}
         folder = prepare(base, cache_key(info.fingerprint, versions.installed(), device, compiled))
@@ -287,7 +303,7 @@ def _open_with(
         engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
     rules = engine.prefix_cache
     ledger = None if rules is None else BlockLedger(rules.block_size, rules.num_blocks)
-    if ledger is not None and seen:
+    if ledger is not None and probe is not None and seen:
         ledger.record(probe, seen[:-1], longest=len(seen), exact=True)
     return _Opened(engine, state, folder, ledger, given)
 

@@ -281,14 +281,15 @@ def measure(
     unused = pipe.unused
     tell("first inference")
     first, warm = pipe.warmup(), pipe.warmup()
-    limit = None
-    if roofline:
-        tell("memory bandwidth")
-        limit = Roofline.of(pipe)
     loaded = resident_memory_bytes()
     rng = random.Random(seed)
     replies = _replies(pipe, lengths, new_tokens, repeat, ends == "natural", rng, tell)
     turns = _chat_turns(pipe, chat_turns, repeat, rng, tell)
+    peak = peak_memory_bytes()
+    limit = None
+    if roofline:  # last, as it takes memory of its own
+        tell("memory bandwidth")
+        limit = Roofline.of(pipe)
     return Report(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=Machine.here(),
@@ -323,7 +324,7 @@ def measure(
         chat=turns,
         roofline=limit,
         loaded_memory_bytes=loaded,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak,
     )
 
 

@@ -1,0 +1,194 @@
+"""Pictures of what the benchmarks found; matplotlib is in the `bench` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # draws files; needs no screen
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+    import ov_phi3
+    from _comparison import Comparison
+
+__all__ = ["plot_comparison", "plot_report"]
+
+# The colours of Okabe and Ito, which people with colour blindness can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+GREY = "#666666"
+STYLE = {
+    "figure.dpi": 120,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def plot_report(report: ov_phi3.Report, folder: Path) -> list[Path]:
+    """Latency by prompt length, the gaps between tokens, and the turns of a chat, each a PNG file in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    with mpl.rc_context(STYLE):
+        if report.measurements:
+            made += [_latency(report, folder / "latency.png"), _gaps(report, folder / "inter-token.png")]
+        if report.chat:
+            made.append(_chat(report, folder / "chat.png"))
+    return made
+
+
+def _saved(figure: Any, path: Path, about: str) -> Path:
+    figure.text(0.01, 0.005, about, fontsize=7, color=GREY, va="bottom")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _about(report: ov_phi3.Report) -> str:
+    return (
+        f"{Path(report.model['path']).name} on {report.device['name']} ({report.device['full_name']}), "
+        f"openvino-genai {report.machine.packages['openvino-genai']}, {report.measured_at}"
+    )
+
+
+def _points(axes: Axes, places: Sequence[float], samples: Sequence[Sequence[float]], colour: str) -> None:
+    """Every sample, so that nothing hides behind a median."""
+    for place, values in zip(places, samples, strict=True):
+        axes.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+
+
+def _latency(report: ov_phi3.Report, path: Path) -> Path:
+    found = sorted(report.measurements, key=lambda m: m.prompt_tokens)
+    lengths = [m.prompt_tokens for m in found]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    _points(left, lengths, [[s.ttft_ms or 0 for s in m.samples] for m in found], COLOURS[0])
+    left.plot(lengths, [m.ttft_ms for m in found], color=COLOURS[0], label="median")
+    left.set(xscale="log", yscale="log", title="Time to first token", xlabel="prompt tokens", ylabel="milliseconds")
+    left.xaxis.set_major_locator(FixedLocator(lengths))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_major_formatter(ScalarFormatter())
+    for length, m in zip(lengths, found, strict=True):
+        left.annotate(f"{m.ttft_ms:.0f} ms", (length, m.ttft_ms), (5, -12), textcoords="offset points", fontsize=8)
+    timed = [m for m in found if m.tpot_ms is not None]
+    places = list(range(len(timed)))
+    _points(right, places, [[s.tpot_ms for s in m.samples if s.tpot_ms is not None] for m in timed], COLOURS[0])
+    right.plot(places, [m.tpot_ms or 0.0 for m in timed], "_", color=COLOURS[0], markersize=22, label="median")
+    if report.roofline is not None:
+        limits = [report.roofline.limit_ms(m.prompt_tokens + m.new_tokens / 2) for m in timed]
+        right.plot(places, limits, "_", color=COLOURS[5], markersize=22, label="limit that memory sets")
+    right.set_xticks(places, [str(m.prompt_tokens) for m in timed])
+    right.set(title="Time per output token", xlabel="prompt tokens", ylabel="milliseconds", ylim=(0, None))
+    right.set_xlim(-0.5, len(timed) - 0.5)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return _saved(figure, path, _about(report))
+
+
+def _gaps(report: ov_phi3.Report, path: Path) -> Path:
+    """The distribution of the gaps between tokens: for every time, the share of gaps that are no longer."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    longest = 0.0
+    for colour, m in zip(COLOURS * 3, sorted(report.measurements, key=lambda m: m.prompt_tokens), strict=False):
+        gaps = sorted(gap for s in m.samples for gap in s.inter_token_ms)
+        if not gaps:
+            continue
+        shares = [(i + 1) / len(gaps) * 100 for i in range(len(gaps))]
+        axes.step(gaps, shares, where="post", color=colour, label=f"{m.prompt_tokens} prompt tokens, {len(gaps)} gaps")
+        longest = max(longest, gaps[min(len(gaps) - 1, int(len(gaps) * 0.99))])
+    for share in (50, 90, 99):
+        axes.axhline(share, color=GREY, linewidth=0.7, linestyle=":")
+        axes.annotate(
+            f"p{share}", (1, share), (-22, -10), xycoords=("axes fraction", "data"), textcoords="offset points"
+        )
+    axes.set(title="Gaps between tokens", xlabel="milliseconds", ylabel="% of gaps that are no longer", ylim=(0, 101))
+    axes.set_xlim(0, longest * 1.3 or 1)
+    axes.legend(loc="center left")
+    return _saved(figure, path, _about(report) + "; gaps far beyond p99 lie outside the picture")
+
+
+def _chat(report: ov_phi3.Report, path: Path) -> Path:
+    turns = [t.turn for t in report.chat]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    _points(axes, turns, [[s.ttft_ms or 0 for s in t.samples] for t in report.chat], COLOURS[0])
+    axes.plot(turns, [t.ttft_ms for t in report.chat], color=COLOURS[0], label="TTFT, median")
+    axes.set(title="Turns of a chat", xlabel="turn", ylabel="TTFT, milliseconds", ylim=(0, None))
+    axes.set_xticks(turns)
+    tokens = axes.twinx()
+    tokens.grid(visible=False)
+    tokens.plot(turns, [t.prompt_tokens for t in report.chat], color=GREY, linestyle="--", label="prompt")
+    prefilled = [t.prefilled_tokens for t in report.chat]
+    if all(value is not None for value in prefilled):
+        tokens.plot(turns, [value or 0 for value in prefilled], color=COLOURS[1], label="prefilled")
+    tokens.set(ylabel="tokens", ylim=(0, None))
+    handles = [*axes.get_legend_handles_labels()[0], *tokens.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    return _saved(figure, path, _about(report))
+
+
+def plot_comparison(found: Comparison, path: Path) -> Path:
+    """Ratios to every peer with their quartiles, and first tokens by prompt length and by chat turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure = plt.figure(figsize=(13, 7))
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
+        _ratios(figure.add_subplot(grid[:, 0]), found)
+        _lines(figure.add_subplot(grid[0, 1]), found, "ttft", "Time to first token", "prompt tokens")
+        _lines(figure.add_subplot(grid[1, 1]), found, "chat", "Time to first token in a chat", "turn")
+        about = f"{Path(found.model['path']).name}, {found.settings['threads']} threads, {found.machine.cpu}"
+        return _saved(figure, path, about)
+
+
+def _ratios(axes: Axes, found: Comparison) -> None:
+    last = max((int(f.key[5:]) for f in found.figures if f.key.startswith("chat_")), default=0)
+    shown = [f for f in found.figures if not f.key.startswith("chat_") or f.key == f"chat_{last}"][::-1]
+    others = [peer for peer in found.peers if peer != "ov_phi3"]
+    for number, peer in enumerate(others):
+        for row, figure in enumerate(shown):
+            ratio = figure.ratio(peer)
+            if ratio is None:
+                continue
+            place = row + (len(others) / 2 - number - 0.5) * 0.16
+            colour = COLOURS[(number + 1) % len(COLOURS)]
+            axes.plot([ratio.p25, ratio.p75], [place, place], color=colour, linewidth=2.5, alpha=0.5)
+            label = f"over {peer}" if row == 0 else None
+            axes.plot([ratio.p50], [place], "o", color=colour, markersize=5, label=label)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(shown)), [figure.title for figure in shown])
+    axes.set(xscale="log", title="ov_phi3 over its peers; left of 1 it takes less")
+    marks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    if others:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2)
+
+
+def _lines(axes: Axes, found: Comparison, kind: str, title: str, label: str) -> None:
+    figures = [f for f in found.figures if f.key.startswith(f"{kind}_")]
+    places = [int(f.key.partition("_")[2]) for f in figures]
+    for number, peer in enumerate(found.peers):
+        values = [summary.p50 if (summary := f.summary(peer)) else None for f in figures]
+        if any(value is not None for value in values):
+            heights = [float("nan") if value is None else value for value in values]
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(places, heights, "o-", color=colour, markersize=3.5, label=peer)
+    axes.set(title=title, xlabel=label, ylabel="milliseconds", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    if places:
+        axes.set_xticks(places)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

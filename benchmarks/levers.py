@@ -1,0 +1,345 @@
+"""What each setting does to latency, memory and quality, each against the defaults, in one run.
+
+    python benchmarks/levers.py [MODEL] [--device CPU] [--only threads kv ...] [--other NAME=FOLDER ...] [--json FILE]
+
+A setting and the defaults are loaded side by side, and take turns with every prompt: the figure is the median of the
+ratios, and whether all ids were equal tells whether it is exact. Settings that change the arithmetic also get the
+perplexity of a fixed text (`alice.txt`). Loading is timed in processes of their own. `--other` names further exports of
+the same model to hold against MODEL, such as `int4-max=model/int4-max`; without MODEL, the demo model and its other
+recipes are made. `docs/performance.md` holds what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _environment import BootstrapError, demo_model, run_installed
+
+if __name__ == "__main__":
+    run_installed()
+
+import numpy as np
+
+import ov_phi3
+from _common import add_model_arguments, progress, refusal, write_json
+from ov_phi3.report_text import table
+
+TEXT = Path(__file__).with_name("alice.txt")
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One setting.
+
+    Attributes:
+        group: what it is about, for `--only`.
+        name: what it is, as one would write it.
+        ov_config: properties over the defaults.
+        load: further arguments of `ov_phi3.load`.
+        model: name of another export to load instead.
+        numeric: whether it changes the arithmetic, so that its quality is worth knowing.
+        several: whether a step may yield several tokens, so that it matters what the text is like.
+    """
+
+    group: str
+    name: str
+    ov_config: dict[str, Any] = field(default_factory=dict)
+    load: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    numeric: bool = False
+    several: bool = False
+
+    def properties(self, options: argparse.Namespace) -> dict[str, Any] | None:
+        """The `ov_config`, with the draft model where there is to be one."""
+        if self.group != "draft":
+            return self.ov_config or None
+        import openvino_genai
+
+        return {"draft_model": openvino_genai.draft_model(str(options.draft), options.device)}
+
+
+def levers(kind: str, cpus: int, others: list[str], draft: Path | None) -> Iterator[Lever]:
+    """Every setting that is worth trying on this kind of device."""
+    yield Lever("none", "the defaults again (what noise looks like)")
+    if kind == "CPU":
+        for threads in sorted({1, max(1, cpus // 2), 2 * cpus} - {cpus}):
+            yield Lever("threads", f"INFERENCE_NUM_THREADS={threads}", {"INFERENCE_NUM_THREADS": str(threads)})
+        for value in ("YES", "NO"):
+            yield Lever("threads", f"ENABLE_CPU_PINNING={value}", {"ENABLE_CPU_PINNING": value})
+            yield Lever("threads", f"ENABLE_HYPER_THREADING={value}", {"ENABLE_HYPER_THREADING": value})
+    yield Lever("hint", "PERFORMANCE_HINT=THROUGHPUT", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    yield Lever("attention", "ATTENTION_BACKEND=SDPA", {"ATTENTION_BACKEND": "SDPA"})
+    yield Lever("mmap", "ENABLE_MMAP=NO", {"ENABLE_MMAP": False})
+    for chunk in (0, 256):
+        yield Lever("chunk", f"prefill_chunk={chunk}", load={"prefill_chunk": chunk})
+    for bits in ("f16", "u8"):
+        yield Lever("kv", f"KV_CACHE_PRECISION={bits}", {"KV_CACHE_PRECISION": bits}, numeric=True)
+    if kind == "CPU":
+        four = {"KEY_CACHE_PRECISION": "u8", "VALUE_CACHE_PRECISION": "u4"}
+        yield Lever("kv", "VALUE_CACHE_PRECISION=u4", four, numeric=True)
+    for size in (0, 32, 64, 128):
+        name = f"DYNAMIC_QUANTIZATION_GROUP_SIZE={size}"
+        yield Lever("quantization", name, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(size)}, numeric=True)
+    yield Lever("precision", "INFERENCE_PRECISION_HINT=f32", {"INFERENCE_PRECISION_HINT": "f32"}, numeric=True)
+    for other in others:
+        yield Lever("recipe", f"recipe {other}", model=other, numeric=True)
+    yield Lever("lookup", "prompt_lookup", {"prompt_lookup": True}, several=True)
+    if draft is not None:
+        yield Lever("draft", f"draft_model={draft.name}", several=True)
+
+
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in simple words how a bicycle stays upright.",
+    "Write a short letter to a friend about a rainy day.",
+    "What are the main parts of a flower?",
+    "Tell me how bread is made.",
+    "Why is the sky blue?",
+    "Describe a walk through a market in the morning.",
+    "What should I pack for a week in the mountains?",
+)
+
+
+def prompt_for(text: str, pipe: ov_phi3.Pipeline, tokens: int, draw: random.Random) -> Any:
+    """A prompt that nothing has seen, of one of the kinds of `TEXTS`."""
+    number = draw.randrange(10**6)
+    if text == "questions":
+        return f"Question {number}. {draw.choice(QUESTIONS)}"
+    if text == "copying":
+        sentences = TEXT.read_text(encoding="utf-8").replace("\n", " ").split(". ")
+        start = draw.randrange(len(sentences) - 6)
+        part = ". ".join(sentences[start : start + 6])
+        return f"{number}. Repeat this text word for word:\n\n{part}"
+    return ov_phi3.random_prompt(pipe, tokens, draw)
+
+
+TEXTS = {"random": "", "questions": ", plain questions", "copying": ", text that repeats its prompt"}
+
+
+@dataclass
+class Outcome:
+    """What a setting did, as ratios over the defaults, one per pair; `text` is one of `TEXTS`."""
+
+    lever: Lever
+    text: str = "random"
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+    equal: int = 0
+    perplexity: float | None = None
+    failed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values."""
+        return {
+            "group": self.lever.group,
+            "setting": self.lever.name,
+            "prompts": self.text,
+            "ttft_over_default": self.ttft,
+            "tpot_over_default": self.tpot,
+            "replies_with_equal_ids": self.equal,
+            "perplexity": self.perplexity,
+            "failed": self.failed,
+        }
+
+
+def pair(base: ov_phi3.Pipeline, other: ov_phi3.Pipeline, outcome: Outcome, options: argparse.Namespace) -> None:
+    """Both take turns with the same prompts, in an order that is drawn."""
+    # Prompts of this setting alone: the defaults would find those of another one in their cache.
+    draw = random.Random(f"{options.seed} {outcome.lever.name} {outcome.text}")
+    for number in range(-1, options.repeat):
+        prompt = prompt_for(outcome.text, base, options.prompt_tokens, draw)
+        found = {}
+        for pipe in draw.sample([base, other], 2):
+            found[pipe] = pipe.generate(
+                prompt, max_new_tokens=options.new_tokens, ignore_eos=True, do_sample=False, repetition_penalty=1.0
+            )
+        if number < 0:
+            continue
+        mine, theirs = found[other].metrics, found[base].metrics
+        outcome.ttft.append((mine.ttft_ms or math.nan) / (theirs.ttft_ms or math.nan))
+        outcome.tpot.append((mine.tpot_ms or math.nan) / (theirs.tpot_ms or math.nan))
+        outcome.equal += found[other].token_ids == found[base].token_ids
+
+
+def perplexity(model: Path, device: str, ids: list[int], properties: dict[str, Any]) -> float:
+    """Perplexity of a text: exp of the mean negative log-probability of its tokens.
+
+    The text goes through the exported graph in pieces of 32 tokens, so that most of its attention reads the KV cache as
+    the engine stores it.
+    """
+    import openvino
+
+    taken = {k: v for k, v in properties.items() if k not in ("prompt_lookup", "ATTENTION_BACKEND")}
+    graph = str(model / "openvino_model.xml")
+    request = openvino.Core().compile_model(graph, device, taken).create_infer_request()
+    total = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        piece = np.array(ids[start : start + 32], dtype=np.int64)[None]
+        end = start + piece.shape[1]
+        request.infer(
+            {
+                "input_ids": piece,
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": np.arange(start, end, dtype=np.int64)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        targets = ids[start + 1 : end + 1]
+        logits = np.array(request.get_tensor("logits").data[0, : len(targets)], dtype=np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        total += float((np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(targets)), targets]).sum())
+    return math.exp(total / (len(ids) - 1))
+
+
+START = """
+import json, sys, time
+begun = time.perf_counter()
+import ov_phi3
+pipe = ov_phi3.load(sys.argv[1], sys.argv[2], ov_config=json.loads(sys.argv[3]))
+loaded = time.perf_counter()
+pipe.generate("Hi", max_new_tokens=1, ignore_eos=True, do_sample=False)
+first = time.perf_counter()
+print(json.dumps({"load_ms": (loaded - begun) * 1e3, "first_ms": (first - loaded) * 1e3,
+                  "cache": pipe.load_report.cache}))
+"""
+
+
+def starts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Import and load, and the first token after it, in processes of their own, in turns."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        cached = {"CACHE_DIR": folder}
+        kinds: dict[str, dict[str, Any]] = {
+            "the defaults": {},
+            "ENABLE_MMAP=NO": {"ENABLE_MMAP": False},
+            "CACHE_DIR, from the second start on": cached,
+            "ATTENTION_BACKEND=SDPA": {"ATTENTION_BACKEND": "SDPA"},
+            "ATTENTION_BACKEND=SDPA, CACHE_DIR, from the second start on": {**cached, "ATTENTION_BACKEND": "SDPA"},
+        }
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+        for number in range(options.starts + 1):
+            for name, properties in kinds.items():
+                progress(f"start {number} of {options.starts}: {name}")
+                command = [sys.executable, "-c", START, str(options.model), options.device, json.dumps(properties)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode == 0 and number:
+                    found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return [{"setting": name, "samples": samples} for name, samples in found.items()]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser, device="CPU")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="threads, kv, recipe, lookup, start, ...")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER", help="another export of MODEL")
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a smaller model that speaks the same tokens")
+    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=8, metavar="N", help="pairs per setting (default: %(default)s)")
+    parser.add_argument("--starts", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace, others: dict[str, Path]) -> list[Outcome]:
+    """All settings, one after the other."""
+    outcomes = []
+    common = {"device": options.device, "context_length": options.context_length}
+    with ov_phi3.load(options.model, **common) as base:
+        ids = base.tokenizer.encode(TEXT.read_text(encoding="utf-8")).tolist()
+        given = dict(base.load_report.ov_config)
+        reference = Outcome(Lever("none", "the defaults"))
+        reference.perplexity = perplexity(options.model, options.device, ids, given)
+        outcomes.append(reference)
+        for lever in levers(base.device.kind, ov_phi3.Machine.here().logical_cpus, list(others), options.draft):
+            if options.only and lever.group not in options.only:
+                continue
+            progress(lever.name)
+            model = others.get(lever.model, options.model)
+            for kind in TEXTS if lever.several else ("random",):
+                outcome = Outcome(lever, kind)
+                outcomes.append(outcome)
+                try:
+                    with ov_phi3.load(model, **common, **lever.load, ov_config=lever.properties(options)) as other:
+                        pair(base, other, outcome, options)
+                    if lever.numeric:
+                        outcome.perplexity = perplexity(model, options.device, ids, {**given, **lever.ov_config})
+                except (ov_phi3.Error, RuntimeError) as error:
+                    outcome.failed = " ".join(str(error).split())[:200]
+    return outcomes
+
+
+def text(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
+    """Tables of what came out."""
+    rows = [("setting", "TTFT ratio", "quartiles", "TPOT ratio", "quartiles", "equal ids", "perplexity")]
+    for out in outcomes:
+        name = out.lever.name + TEXTS[out.text]
+        if out.failed:
+            rows.append((name, "-", "", "-", "", "", f"failed: {out.failed}"))
+            continue
+        cells = []
+        for values in (out.ttft, out.tpot):
+            found = ov_phi3.Summary.of(values)
+            cells += [f"{found.p50:.3f}", f"{found.p25:.3f} to {found.p75:.3f}"] if found else ["-", ""]
+        equal = f"{out.equal} of {len(out.ttft)}" if out.ttft else ""
+        quality = "" if out.perplexity is None else f"{out.perplexity:.4f}"
+        rows.append((name, cells[0], cells[1], cells[2], cells[3], equal, quality))
+    parts = [f"{table(rows)}\nMedian of the ratios over the defaults, pair by pair; below 1 the setting is faster."]
+    if started:
+        lines = [("start in a process of its own", "load ms", "first token ms", "compile cache")]
+        for row in started:
+            load, first = (ov_phi3.Summary.of(s[key] for s in row["samples"]) for key in ("load_ms", "first_ms"))
+            if load and first:
+                cache = row["samples"][-1]["cache"]
+                lines.append((row["setting"], f"{load.p50:.0f}", f"{first.p50:.0f}", cache))
+        parts.append(table(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = parse_arguments()
+    warnings.simplefilter("ignore", ov_phi3.ModelWarning)
+    begun = time.perf_counter()
+    try:
+        others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
+        if options.model is None:
+            options.model = demo_model("int4")
+            others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
+        if problem := refusal(options):
+            print(f"levers.py: {problem}", file=sys.stderr)
+            return 2
+        outcomes = [] if options.only == ["start"] else measured(options, others)
+        started = starts(options) if not options.only or "start" in options.only else []
+    except (ov_phi3.Error, BootstrapError) as error:
+        print(f"levers.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        progress("")
+    print(f"{ov_phi3.Machine.here()}\n{options.model}\n\n{text(outcomes, started)}")
+    if options.json:
+        report = {
+            "machine": ov_phi3.Machine.here().to_dict(),
+            "model": str(options.model),
+            "settings": [outcome.to_dict() for outcome in outcomes],
+            "starts": started,
+            "seconds": time.perf_counter() - begun,
+        }
+        write_json(options.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
