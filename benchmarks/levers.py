@@ -248,6 +248,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=8, metavar="N", help="pairs per setting (default: %(default)s)")
+    parser.add_argument(
+        "--perplexity",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of the fixed text, where the arithmetic changes; says nothing of random weights (default: yes)",
+    )
     parser.add_argument("--starts", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     return parser.parse_args()
@@ -261,7 +267,8 @@ def measured(options: argparse.Namespace, others: dict[str, Path]) -> list[Outco
         ids = base.tokenizer.encode(TEXT.read_text(encoding="utf-8")).tolist()
         given = dict(base.load_report.ov_config)
         reference = Outcome(Lever("none", "the defaults"))
-        reference.perplexity = perplexity(options.model, options.device, ids, given)
+        if options.perplexity:
+            reference.perplexity = perplexity(options.model, options.device, ids, given)
         outcomes.append(reference)
         for lever in levers(base.device.kind, ov_phi3.Machine.here().logical_cpus, list(others), options.draft):
             if options.only and lever.group not in options.only:
@@ -274,7 +281,7 @@ def measured(options: argparse.Namespace, others: dict[str, Path]) -> list[Outco
                 try:
                     with ov_phi3.load(model, **common, **lever.load, ov_config=lever.properties(options)) as other:
                         pair(base, other, outcome, options)
-                    if lever.numeric:
+                    if lever.numeric and options.perplexity:
                         outcome.perplexity = perplexity(model, options.device, ids, {**given, **lever.ov_config})
                 except (ov_phi3.Error, RuntimeError) as error:
                     outcome.failed = " ".join(str(error).split())[:200]

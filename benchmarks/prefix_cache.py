@@ -53,18 +53,13 @@ def by_the_clock(pipe: Pipeline, draw: random.Random, repeats: int, case: tuple[
     for cached in sorted({min(max(0, shared + BLOCK * step), prompt - 1) for step in (-2, -1, 0, 1, 2)}, reverse=True):
         times = []
         for _ in range(repeats):
-            ids = random_ids(pipe, draw, prompt)
+            ids = ov_phi3.random_prompt(pipe, prompt, draw)
             if cached:
                 pipe.generate(ids[:cached], max_new_tokens=1, ignore_eos=True, do_sample=False)
             times.append(first_token_ms(pipe.generate(ids, max_new_tokens=1, ignore_eos=True, do_sample=False)))
         points.append((statistics.median(times), prompt - cached))
     slope, at_zero = statistics.linear_regression([p[0] for p in points], [p[1] for p in points])
     return slope * spent + at_zero
-
-
-def random_ids(pipe: Pipeline, draw: random.Random, count: int) -> list[int]:
-    """Ordinary ids, drawn."""
-    return [draw.randrange(300, pipe.info.vocab_size - 300) for _ in range(count)]
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -110,7 +105,7 @@ def pieces(whole: Pipeline, chunked: Pipeline, draw: random.Random, repeats: int
     for _ in range(repeats):
         times = {}
         for pipe in draw.sample([whole, chunked], 2):
-            ids = random_ids(pipe, draw, tokens)
+            ids = ov_phi3.random_prompt(pipe, tokens, draw)
             result = pipe.generate(ids, max_new_tokens=1, ignore_eos=True, do_sample=False)
             times[pipe] = result.metrics.ttft_ms or 0.0
         ratios.append(times[chunked] / times[whole])
@@ -132,7 +127,7 @@ def main() -> int:
             pipe.warmup()
             turns = []
             pipe.generate(
-                random_ids(pipe, draw, 1024), max_new_tokens=8
+                ov_phi3.random_prompt(pipe, 1024, draw), max_new_tokens=8
             )  # memory and kernels that warmup() has not met
             for name, result in conversations(pipe, draw):
                 metrics = result.metrics

@@ -72,7 +72,7 @@ def main() -> int:
     """Run the stages and sum up."""
     options, pytest_arguments = parse_arguments()
     stages = [stage for stage in STAGES if options.stage is None or stage in options.stage]
-    python = ensure_environment(options.venv, ["export", "test", "docs"])
+    python = ensure_environment(options.venv, ["export", "test", "docs", "bench"])
     if "tests" in stages and not os.environ.get("OV_PHI3_MODELS"):
         for name in TEST_MODELS:
             ensure_model(name, python)

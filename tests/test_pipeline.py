@@ -465,9 +465,11 @@ class TestLoading:
             assert "Paris" in loaded.generate(CAPITAL).text
 
 
-def test_measure(pipe: Pipeline) -> None:
-    found = ov_phi3.measure(pipe, prompt_tokens=[8, 40], new_tokens=4, repeat=2)
-    assert [(m.prompt_tokens, len(m.samples)) for m in found] == [(8, 2), (40, 2)]
-    assert all(s.prompt_tokens == m.prompt_tokens and s.generated_tokens == 4 for m in found for s in m.samples)
-    with pytest.raises(ConfigError, match="repeat"):
-        ov_phi3.measure(pipe, repeat=0)
+def test_a_draft_model_gives_the_same_ids(demo_fp32: Path, device: str) -> None:
+    import openvino_genai
+
+    with ov_phi3.load(demo_fp32, device=device) as plain:
+        expected = plain.generate(CAPITAL).token_ids
+    draft = {"draft_model": openvino_genai.draft_model(str(demo_fp32), device)}
+    with ov_phi3.load(demo_fp32, device=device, ov_config=draft) as assisted:
+        assert assisted.generate(CAPITAL).token_ids == expected

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.results import FinishReason, GenerationResult
 
-__all__ = ["ChatTurn", "Measurement", "Report", "measure", "random_prompt"]
+__all__ = ["ChatTurn", "Measurement", "Report", "chat_message", "measure", "random_prompt"]
 
 _SYSTEM_WORDS, _MESSAGE_WORDS, _REPLY_TOKENS = 40, 5, 32
 
@@ -397,17 +397,17 @@ def _chat_turns(
         return ()
     rows: list[list[Metrics]] = [[] for _ in range(turns)]
     for number in range(repeat + 1):
-        chat = pipe.chat(system=_message(rng, _SYSTEM_WORDS))
+        chat = pipe.chat(system=chat_message(rng, _SYSTEM_WORDS))
         for row in rows:
             tell(f"chat of {turns} turns, " + (f"conversation {number} of {repeat}" if number else "warm-up"))
-            message = _message(rng, _MESSAGE_WORDS)
+            message = chat_message(rng)
             result = chat.send(message, max_new_tokens=_REPLY_TOKENS, ignore_eos=True, do_sample=False)
             if number:
                 row.append(result.metrics)
     return tuple(ChatTurn(tuple(row), turn) for turn, row in enumerate(rows, start=1))
 
 
-def _message(rng: random.Random, words: int) -> str:
+def chat_message(rng: random.Random, words: int = _MESSAGE_WORDS) -> str:
     """A message that no cache has seen; numbers of two digits, so that all are of the same length in tokens."""
     return "Remember these: " + " ".join(str(rng.randrange(10, 100)) for _ in range(words))
 

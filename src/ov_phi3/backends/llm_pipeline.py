@@ -55,7 +55,8 @@ class LLMPipelineBackend:
         import openvino_genai
 
         self._genai = openvino_genai
-        self._assisted = bool(properties.get("prompt_lookup") or properties.get("draft_model"))
+        # The truth of a draft model is not asked for: openvino_genai (2026.4.1) crashes on the question.
+        self._assisted = bool(properties.get("prompt_lookup")) or "draft_model" in properties
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
         self._uncached: Any = None
