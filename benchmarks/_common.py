@@ -7,11 +7,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ov_phi3
 
-__all__ = ["add_model_arguments", "command", "load_options", "progress", "refusal", "write_json"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["add_model_arguments", "command", "exit_with", "load_options", "progress", "refusal", "write_json"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, device: str) -> None:
@@ -43,9 +46,9 @@ def refusal(options: argparse.Namespace) -> str | None:
 
     A figure under a device's name must be of that device: no other one is ever measured in its place.
     """
-    name = options.device
-    if name.upper().startswith("AUTO"):
-        return f"--device {name} would leave open what is measured; name one device."
+    name = options.device.upper()
+    if name.startswith("AUTO"):
+        return f"--device {options.device} would leave open what is measured; name one device."
     present = ov_phi3.devices()
     if not any(device.name in (name, f"{name}.0") for device in present):
         listed = ", ".join(str(device) for device in present) or "none"
@@ -63,6 +66,16 @@ def progress(text: str) -> None:
     """Say on a terminal what is going on, in a line that the next one replaces; '' clears it."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main function and end with its exit code; Ctrl-C is 130, and no traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        progress("")
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def command() -> str:

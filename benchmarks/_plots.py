@@ -69,6 +69,13 @@ def _points(axes: Axes, places: Sequence[float], samples: Sequence[Sequence[floa
         axes.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
 
 
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic scale of milliseconds with marks that are plain numbers."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _latency(report: ov_phi3.Report, path: Path) -> Path:
     found = sorted(report.measurements, key=lambda m: m.prompt_tokens)
     lengths = [m.prompt_tokens for m in found]
@@ -79,7 +86,8 @@ def _latency(report: ov_phi3.Report, path: Path) -> Path:
     left.xaxis.set_major_locator(FixedLocator(lengths))
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(ScalarFormatter())
-    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.margins(x=0.12)
+    _plain_log(left)
     for length, m in zip(lengths, found, strict=True):
         left.annotate(f"{m.ttft_ms:.0f} ms", (length, m.ttft_ms), (5, -12), textcoords="offset points", fontsize=8)
     timed = [m for m in found if m.tpot_ms is not None]
@@ -186,9 +194,7 @@ def _lines(axes: Axes, found: Comparison, kind: str, title: str, label: str) -> 
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(places, heights, "o-", color=colour, markersize=3.5, label=peer)
     axes.set(title=title, xlabel=label, ylabel="milliseconds", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())
+    _plain_log(axes)
     if places:
         axes.set_xticks(places)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, load_options, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, load_options, progress, refusal, write_json
 from ov_phi3.machine import resident_memory_bytes
 from ov_phi3.measurement import chat_message
 
@@ -89,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     run_installed("matplotlib")
 
 import ov_phi3
-from _common import add_model_arguments, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, progress, refusal, write_json
 from _comparison import Comparison, comparison_text
 from _peers import PEERS, Inputs, Peer, Worker, WorkerError
 
@@ -232,4 +232,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

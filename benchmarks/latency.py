@@ -18,7 +18,7 @@ from _environment import run_installed
 run_installed("matplotlib")
 
 import ov_phi3  # noqa: E402
-from _common import add_model_arguments, load_options, progress, refusal, write_json  # noqa: E402
+from _common import add_model_arguments, exit_with, load_options, progress, refusal, write_json  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,4 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

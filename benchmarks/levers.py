@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import numpy as np
 
 import ov_phi3
-from _common import add_model_arguments, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, progress, refusal, write_json
 from ov_phi3.report_text import table
 
 TEXT = Path(__file__).with_name("alice.txt")
@@ -349,4 +349,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -2,7 +2,7 @@
 
 It has the real tokenizer and the published sizes (3072 wide, 32 heads, a sliding window of 2047), and as many layers as
 you ask for; 32 is the whole model, 3.8 billion parameters. Its text is noise, its latency is real. The weights are
-written layer by layer; the export of 32 layers is what takes memory (under 11 GiB) and disk space (11 GB).
+written layer by layer; the export of 32 layers is what takes memory (10.4 GiB) and disk space (10 GB).
 """
 
 from __future__ import annotations

@@ -187,9 +187,16 @@ class TestReport:
         with pytest.raises(ConfigError, match=named):
             ov_phi3.measure(pipe, **wrong)
 
-    def test_what_does_not_fit_is_refused(self, pipe: Pipeline) -> None:
-        with pytest.raises(ContextOverflowError):
-            ov_phi3.measure(pipe, prompt_tokens=pipe.context_length, new_tokens=1, repeat=1)
+    @pytest.mark.parametrize("wrong", [{"repeat": 1.5}, {"new_tokens": True}, {"prompt_tokens": "32"}])
+    def test_wrong_types_are_named(self, pipe: Pipeline, wrong: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            ov_phi3.measure(pipe, **wrong)
+
+    def test_what_does_not_fit_is_refused_before_anything_is_measured(self, pipe: Pipeline) -> None:
+        said: list[str] = []
+        with pytest.raises(ContextOverflowError, match=str(pipe.context_length)):
+            ov_phi3.measure(pipe, prompt_tokens=[8, pipe.context_length], new_tokens=1, progress=said.append)
+        assert said == []
 
 
 def test_a_drawn_prompt_is_exact_fresh_and_ordinary(pipe: Pipeline, tiny_pipe: Pipeline) -> None:

@@ -200,6 +200,46 @@ def test_the_tiny_model_varies_its_greedy_replies(tiny_hf: Path):
     assert all(len(set(reply)) >= 8 for reply in replies)
 
 
+def test_the_weights_are_whole_in_shards_of_one_layer(tmp_path: Path):
+    import tiny_phi3
+
+    safetensors = pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    out = tiny_phi3.build(tmp_path / "small", hidden_size=32, layers=3, heads=2, kv_heads=1, dtype="float16")
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) == 3 + 2  # the embedding, every layer, the head
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert sorted(set(index["weight_map"].values())) == shards
+    size = 0
+    for shard in shards:
+        with safetensors.safe_open(str(out / shard), "numpy") as file:
+            assert {file.get_tensor(name).dtype.name for name in file.keys()} == {"float16"}  # noqa: SIM118
+            size += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == size
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_a_mini_model_has_the_published_width_and_the_layers_of_its_name():
+    model = _bootstrap.parse_model("mini4-int4")
+    options = json.loads(model.options[1])
+    assert (options["layers"], options["hidden_size"], options["intermediate_size"]) == (4, 3072, 8192)
+    assert (options["heads"], options["sliding_window"], options["dtype"]) == (32, 2047, "float16")
+    assert model.builder.name == "tiny_phi3.py"
+    for wrong in ("mini-int4", "mini0-int4", "mini-1-int4", "mini4000-int4", "mini4-int5"):
+        with pytest.raises(_bootstrap.BootstrapError, match="unknown model"):
+            _bootstrap.parse_model(wrong)
+
+
+def test_full_size_refuses_a_number_of_layers_that_no_model_has():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "full_size.py", "--layers", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--layers 0: expected 1 to 999" in done.stderr
+
+
 # -- environments -----------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +298,18 @@ def test_an_environment_is_made_once_and_remade_when_its_stamp_differs(
     _bootstrap.ensure_environment(venv, ["export"])
     assert len(fake_install) == 4
     assert not (venv / "left over").exists()
+
+
+def test_an_environment_of_a_peer_has_no_part_in_the_checkout(
+    tmp_path: Path, cache: Path, fake_install: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    python = tmp_path / "python"
+    (_, command), *others = _bootstrap.install_commands(python, ["peer-llama-cpp"], library=False)
+    assert "-e" not in command
+    assert others == []
+    before = _bootstrap.environment_stamp(tmp_path, ["peer-llama-cpp"], library=False)
+    monkeypatch.setattr(_bootstrap, "ROOT", tmp_path)  # another clone, with the same requirements
+    assert _bootstrap.environment_stamp(tmp_path, ["peer-llama-cpp"], library=False) == before
 
 
 def test_an_environment_of_somebody_else_is_left_alone(tmp_path: Path, cache: Path, fake_install: list[str]):

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, overload
 
 from ov_phi3.errors import ConfigError
+from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.machine import Machine, peak_memory_bytes, resident_memory_bytes
 from ov_phi3.metrics import Metrics
 from ov_phi3.roofline import Roofline
@@ -274,9 +275,10 @@ def measure(
     Raises:
         ConfigError: a length or count out of range, or another `ends`.
         ContextOverflowError: prompt and reply do not fit the context window.
+        TypeError: a length or count that is no whole number.
     """
     lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
-    _check(lengths, new_tokens, repeat, ends, chat_turns)
+    _check(pipe, lengths, new_tokens, repeat, ends, chat_turns)
     tell = progress or (lambda _: None)
     unused = pipe.unused
     tell("first inference")
@@ -338,17 +340,20 @@ def random_prompt(pipe: Pipeline, tokens: int, rng: random.Random) -> list[int]:
     return drawn
 
 
-def _check(lengths: Sequence[int], new_tokens: int, repeat: int, ends: str, chat_turns: int) -> None:
-    for name, value, least in (
-        ("prompt_tokens", min(lengths, default=1), 1),
-        ("new_tokens", new_tokens, 1),
-        ("repeat", repeat, 1),
-        ("chat_turns", chat_turns, 0),
-    ):
+def _check(pipe: Pipeline, lengths: Sequence[int], new_tokens: int, repeat: int, ends: str, chat_turns: int) -> None:
+    """Refuse what cannot be measured now, and not after minutes of measuring."""
+    numbers = [("prompt_tokens", length, 1) for length in lengths]
+    numbers += [("new_tokens", new_tokens, 1), ("repeat", repeat, 1), ("chat_turns", chat_turns, 0)]
+    for name, value, least in numbers:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
         if value < least:
             raise ConfigError(f"{name}={value}; expected at least {least}.")
     if ends not in ("forced", "natural"):
         raise ConfigError(f"ends={ends!r}; expected 'forced' or 'natural'.")
+    wanted = GenerationConfig(max_new_tokens=new_tokens)
+    for length in lengths:
+        pipe._check_room(wanted, length, pipe.context_length - length)
 
 
 def _replies(
