@@ -14,13 +14,27 @@ import ov_phi3
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["add_model_arguments", "command", "exit_with", "load_options", "progress", "refusal", "write_json"]
+__all__ = [
+    "add_load_arguments",
+    "add_model_arguments",
+    "command",
+    "exit_with",
+    "load_options",
+    "progress",
+    "refusal",
+    "write_json",
+]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, device: str) -> None:
-    """The model and how it is loaded."""
+    """The model, the device, and where the figures go."""
     parser.add_argument("model", type=Path, nargs="?", help="directory of an exported model")
     parser.add_argument("--device", default=device, help="exactly one device (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every sample to this file")
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the model is loaded; see `load_options`."""
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
     parser.add_argument(
         "--ov-config",
@@ -29,7 +43,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, device: str) -> None
         metavar="KEY=VALUE",
         help="an OpenVINO property, laid over the latency defaults; can be given several times",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every sample to this file")
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,7 +54,7 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"device": options.device, "context_length": options.context_length, "ov_config": properties or None}
 
 
-def refusal(options: argparse.Namespace) -> str | None:
+def refusal(options: argparse.Namespace, *, needs_model: bool = True) -> str | None:
     """Why nothing can be measured with these arguments, in a sentence; None when it can.
 
     A figure under a device's name must be of that device: no other one is ever measured in its place.
@@ -57,7 +70,7 @@ def refusal(options: argparse.Namespace) -> str | None:
             f"there is no {name} here, and nothing was measured. Devices here: {listed}. Name one of them, as in "
             f"--device {other}; 'ov-phi3 doctor --device {name}' tells what is missing."
         )
-    if options.model is None:
+    if needs_model and options.model is None:
         return "name the directory of an exported model; 'python scripts/quickstart.py' makes one and tells its place."
     return None
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, load_options, progress, refusal, write_json
+from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
 from ov_phi3.machine import resident_memory_bytes
 from ov_phi3.measurement import chat_message
 
@@ -57,6 +57,7 @@ def main() -> int:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, device="CPU")
+    add_load_arguments(parser)
     parser.add_argument("--repeat", type=int, default=5, help="conversations of ten turns (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=200, help="of the long conversation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the messages (default: %(default)s)")

@@ -1,6 +1,6 @@
 """`ov_phi3` beside its peers: the same weights, the same prompts by id, the same number of threads, greedy, in one run.
 
-    python benchmarks/compare.py [MODEL] [--device CPU] [--rounds 3] [--only NAME ...] [--json FILE] [--plot FILE]
+    python benchmarks/compare.py [MODEL] [--device CPU] [--rounds 4] [--only NAME ...] [--json FILE] [--plot FILE]
 
 Each peer has a process and an environment of its own, which this script makes from the package index; without MODEL it
 makes the demo model too. Every round starts all processes anew, and within a round the peers take turns with every
@@ -64,8 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="MODEL as a GGUF file, for llama.cpp")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256, 1024], metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens per reply")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that all processes start anew")
-    parser.add_argument("--repeat", type=int, default=4, metavar="N", help="replies per length and round")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="times that all processes start anew")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="replies per length and round")
     parser.add_argument("--chat-turns", type=int, default=10, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per physical core")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -210,11 +210,11 @@ def main() -> int:
     try:
         machine = ov_phi3.Machine.here()
         options.threads = options.threads or machine.cores or machine.logical_cpus
-        model = inputs(options)
-        options.model = model.exported
-        if problem := refusal(options):
+        if problem := refusal(options, needs_model=False):
             print(f"compare.py: {problem}", file=sys.stderr)
             return 2
+        model = inputs(options)
+        options.model = model.exported
         info = ov_phi3.ModelInfo.from_dir(model.exported)
         measure(options, prepared(options, model, run), run, info)
     except (ov_phi3.Error, BootstrapError) as error:

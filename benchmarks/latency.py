@@ -18,13 +18,14 @@ from _environment import run_installed
 run_installed("matplotlib")
 
 import ov_phi3  # noqa: E402
-from _common import add_model_arguments, exit_with, load_options, progress, refusal, write_json  # noqa: E402
+from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, device="GPU.0")
+    add_load_arguments(parser)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256, 1024, 2048], metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="replies per length (default: %(default)s)")

@@ -244,6 +244,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser, device="CPU")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="threads, kv, recipe, lookup, start, ...")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER", help="another export of MODEL")
+    parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
     parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a smaller model that speaks the same tokens")
     parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
@@ -322,12 +323,12 @@ def main() -> int:
     begun = time.perf_counter()
     try:
         others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
+        if problem := refusal(options, needs_model=False):
+            print(f"levers.py: {problem}", file=sys.stderr)
+            return 2
         if options.model is None:
             options.model = demo_model("int4")
             others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
-        if problem := refusal(options):
-            print(f"levers.py: {problem}", file=sys.stderr)
-            return 2
         outcomes = [] if options.only == ["start"] else measured(options, others)
         started = starts(options) if not options.only or "start" in options.only else []
     except (ov_phi3.Error, BootstrapError) as error:
