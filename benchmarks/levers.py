@@ -304,7 +304,11 @@ def text(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
         equal = f"{out.equal} of {len(out.ttft)}" if out.ttft else ""
         quality = "" if out.perplexity is None else f"{out.perplexity:.4f}"
         rows.append((name, cells[0], cells[1], cells[2], cells[3], equal, quality))
-    parts = [f"{table(rows)}\nMedian of the ratios over the defaults, pair by pair; below 1 the setting is faster."]
+    parts = []
+    if outcomes:
+        parts.append(
+            f"{table(rows)}\nMedian of the ratios over the defaults, pair by pair; below 1 the setting is faster."
+        )
     if started:
         lines = [("start in a process of its own", "load ms", "first token ms", "compile cache")]
         for row in started:
