@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3 import Machine, ModelInfo, Summary
+from ov_phi3 import Machine, ModelInfo, Roofline, Summary
 from ov_phi3.report_text import table
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Comparison:
         versions: by peer, its packages.
         machine: where.
         model: which.
+        roofline: the limit that memory sets to those that read the exported files.
     """
 
     figures: tuple[Figure, ...]
@@ -75,10 +76,17 @@ class Comparison:
     versions: dict[str, dict[str, str]]
     machine: Machine
     model: dict[str, Any]
+    roofline: Roofline
 
     @classmethod
     def of(
-        cls, run: Run, peers: Sequence[Peer], settings: dict[str, Any], machine: Machine, info: ModelInfo
+        cls,
+        run: Run,
+        peers: Sequence[Peer],
+        settings: dict[str, Any],
+        machine: Machine,
+        info: ModelInfo,
+        roofline: Roofline,
     ) -> Comparison:
         """Of the samples of a run."""
         measured = tuple(peer.name for peer in peers if peer.name not in run.dropped)
@@ -97,7 +105,18 @@ class Comparison:
             versions=run.about,
             machine=machine,
             model={"path": str(info.path), "quantization": info.quantization, "weight_bytes": info.weight_bytes},
+            roofline=roofline,
         )
+
+    def of_limit(self, peer: str) -> dict[int, float]:
+        """How much of the speed that memory allows a peer's median TPOT reaches, by prompt length."""
+        found = {}
+        for figure in self.figures:
+            summary = figure.summary(peer)
+            if figure.key.startswith("tpot_") and summary:
+                tokens = int(figure.key[5:])
+                found[tokens] = self.roofline.fraction(summary.p50, tokens + self.settings["new_tokens"] / 2)
+        return found
 
     def figure(self, key: str) -> Figure | None:
         """One of the figures, if it was measured."""
@@ -107,6 +126,7 @@ class Comparison:
         """Everything, every sample included, as JSON-ready values."""
         return {
             "machine": self.machine.to_dict(),
+            "roofline": {**asdict(self.roofline), "ov_phi3_of_limit": self.of_limit(OURS)},
             "model": self.model,
             "settings": self.settings,
             "versions": self.versions,
@@ -153,8 +173,19 @@ def comparison_text(found: Comparison) -> str:
     ]
     if others:
         parts.append(f"{table(ratios)}\nMedian of the ratios (quartiles), pair by pair; below 1 ov_phi3 is faster.")
+    parts.append(_limit(found))
     parts.append("\n".join(_notes(found)))
     return "\n\n".join(part for part in parts if part)
+
+
+def _limit(found: Comparison) -> str:
+    limit = found.roofline
+    shares = ", ".join(f"{share:.0%} after {tokens} tokens" for tokens, share in found.of_limit(OURS).items())
+    return (
+        f"Limit: a token of the exported model reads {limit.weight_bytes / 1e6:.0f} MB of weights, and memory gave "
+        f"{limit.bandwidth_bytes_per_s / 1e9:.1f} GB/s, so that none can\ntake less than {limit.limit_ms(0):.2f} ms. "
+        f"ov_phi3 reached {shares} of the limit at that length."
+    )
 
 
 def _title(figure: Figure) -> str:

@@ -1,6 +1,6 @@
 """`ov_phi3` beside its peers: the same weights, the same prompts by id, the same number of threads, greedy, in one run.
 
-    python benchmarks/compare.py [MODEL] [--device CPU] [--rounds 4] [--only NAME ...] [--json FILE] [--plot FILE]
+    python benchmarks/compare.py [MODEL] [--device CPU] [--rounds 5] [--only NAME ...] [--json FILE] [--plot FILE]
 
 Each peer has a process and an environment of its own, which this script makes from the package index; without MODEL it
 makes the demo model too. Every round starts all processes anew, and within a round the peers take turns with every
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from _comparison import Comparison, comparison_text
 from _peers import PEERS, Inputs, Peer, Worker, WorkerError
 
 FIRST_TURN, OTHER_TURNS = 160, 27  # tokens of a system message and a question, and of a short question
+REST_S = 0.25
+"""Before every request: the threads of the peer before may still spin for a while, and would slow down the next one."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="MODEL as a GGUF file, for llama.cpp")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 256, 1024], metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens per reply")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="times that all processes start anew")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that all processes start anew")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="replies per length and round")
     parser.add_argument("--chat-turns", type=int, default=10, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per physical core")
@@ -123,6 +126,7 @@ class Round:
         """The same request to all, one after the other, in an order that is drawn; one that fails is dropped."""
         answers = {}
         for name in self._present():
+            time.sleep(REST_S)
             try:
                 answers[name] = self._workers[name].ask(do, **request)
             except WorkerError as error:
@@ -137,6 +141,7 @@ class Round:
             log = cache_dir() / "logs" / f"peer-{Path(peer.script).stem}.log"
             worker = self._workers[name] = Worker(peer, python, log)
             self._stack.callback(worker.close)
+            time.sleep(REST_S)
             try:
                 answers[name] = worker.ask("load", model=str(model), **self._load)
             except WorkerError as error:
@@ -217,11 +222,12 @@ def main() -> int:
         options.model = model.exported
         info = ov_phi3.ModelInfo.from_dir(model.exported)
         measure(options, prepared(options, model, run), run, info)
+        roofline = ov_phi3.Roofline.measure(info, options.device)
     except (ov_phi3.Error, BootstrapError) as error:
         progress("")
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
-    comparison = Comparison.of(run, PEERS, vars(options), machine, info)
+    comparison = Comparison.of(run, PEERS, vars(options), machine, info, roofline)
     print(comparison_text(comparison))
     if options.json:
         write_json(options.json, comparison.to_dict())

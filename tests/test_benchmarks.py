@@ -133,6 +133,7 @@ class TestCompare:
         assert found["replies_with_equal_ids"] == {"openvino_genai": {"equal": 8, "of": 8}}
         ratio = found["figures"]["tpot_40"]["ov_phi3_over_peer"]["openvino_genai"]
         assert ratio["count"] == 4
+        assert set(found["roofline"]["ov_phi3_of_limit"]) == {"8", "40"}
         assert picture.read_bytes().startswith(b"\x89PNG")
 
     def test_a_peer_that_fails_is_named_and_the_others_go_on(self, tmp_path: Path) -> None:

@@ -274,11 +274,6 @@ def fake_install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(_bootstrap, "run_step", step)
     monkeypatch.setattr(_bootstrap, "_starts", lambda venv: _bootstrap.venv_python(venv).exists())
-    monkeypatch.setattr(
-        _bootstrap,
-        "is_current",
-        lambda venv, stamp, inner=_bootstrap.is_current: inner(venv, stamp, _bootstrap._starts),
-    )
     return steps
 
 

@@ -291,7 +291,7 @@ def measure(
     limit = None
     if roofline:  # last, as it takes memory of its own
         tell("memory bandwidth")
-        limit = Roofline.of(pipe)
+        limit = Roofline.measure(pipe.info, pipe.device.name, pipe.load_report.ov_config)
     return Report(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=Machine.here(),

@@ -22,9 +22,12 @@ import numpy as np
 
 from ov_phi3._core import shared_core
 from ov_phi3.errors import ModelError
+from ov_phi3.kv_cache import KVLayout
 
 if TYPE_CHECKING:
-    from ov_phi3.pipeline import Pipeline
+    from collections.abc import Mapping
+
+    from ov_phi3.model_info import ModelInfo
 
 __all__ = ["Roofline", "bandwidth", "weight_bytes_per_token"]
 
@@ -49,16 +52,22 @@ class Roofline:
     kv_bytes_per_token: float
 
     @classmethod
-    def of(cls, pipe: Pipeline) -> Roofline:
-        """Of a loaded model on its device; measures the bandwidth, which takes a second or two.
+    def measure(cls, info: ModelInfo, device: str, properties: Mapping[str, Any] | None = None) -> Roofline:
+        """Of an exported model on a device; measures the bandwidth, which takes a second or two.
+
+        Args:
+            info: the model.
+            device: an OpenVINO device name.
+            properties: OpenVINO's, as far as they say how the KV cache is stored.
 
         Raises:
             ModelError: the model's file cannot be read.
         """
+        layout = KVLayout.of(info, device.partition(".")[0], properties or {})
         return cls(
-            bandwidth_bytes_per_s=bandwidth(pipe.device.name),
-            weight_bytes=weight_bytes_per_token(pipe.info.path / "openvino_model.xml"),
-            kv_bytes_per_token=pipe._pool.layout.bytes_per_token(pipe.info),
+            bandwidth_bytes_per_s=bandwidth(device),
+            weight_bytes=weight_bytes_per_token(info.path / "openvino_model.xml"),
+            kv_bytes_per_token=layout.bytes_per_token(info),
         )
 
     def bytes_at(self, cached_tokens: float) -> float:

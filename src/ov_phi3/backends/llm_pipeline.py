@@ -20,6 +20,7 @@ from ov_phi3.errors import ConfigError
 
 if TYPE_CHECKING:
     from ov_phi3.backends import Emit, Request
+    from ov_phi3.generation_config import GenerationConfig
 
 __all__ = ["LLMPipelineBackend"]
 
@@ -61,6 +62,7 @@ class LLMPipelineBackend:
         self._boundary = rope_boundary
         self._uncached: Any = None
         self._weights: Any = None
+        self._converted: tuple[tuple[GenerationConfig, tuple[int, ...]], Any] | None = None
         self.doubts: list[str] = []
         scheduler: Any = properties.get("scheduler_config")
         self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
@@ -170,7 +172,16 @@ class LLMPipelineBackend:
         return openvino.Tensor(np.ascontiguousarray(ids[None, :]))
 
     def _config(self, request: Request) -> Any:
-        """GenAI's config; stop strings stay with us, and all end tokens are stop tokens there."""
+        """GenAI's config; stop strings stay with us, and all end tokens are stop tokens there.
+
+        The last one is kept: it is the same for most requests, and making it is a part of every first token.
+        """
+        key = (request.config, request.end_ids)
+        if self._converted is None or self._converted[0] != key:
+            self._converted = (key, self._convert(request))
+        return self._converted[1]
+
+    def _convert(self, request: Request) -> Any:
         given = [name for name in _ASSISTED if getattr(request.config, name) is not None]
         if given and not self._assisted:
             raise ConfigError(
