@@ -32,6 +32,15 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 
+@pytest.fixture(autouse=True)
+def signal_stack() -> Iterator[None]:
+    """No test leaves this thread on a signal stack of a Core of its own, which is freed when that Core goes."""
+    from ov_phi3._core import keeping_signal_stack
+
+    with keeping_signal_stack():
+        yield
+
+
 def model(name: str) -> Path:
     """The directory of a model, made now if it has to be."""
     if folder := os.environ.get("OV_PHI3_MODELS"):

@@ -161,7 +161,8 @@ class LLMPipelineBackend:
 
     def close(self) -> None:
         """Free the model."""
-        self._pipeline = self._uncached = self._weights = None
+        with keeping_signal_stack():
+            self._pipeline = self._uncached = self._weights = None
 
     def _tensor(self, request: Request) -> Any:
         import openvino
