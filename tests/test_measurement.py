@@ -42,7 +42,9 @@ class TestSummary:
     def test_percentile_equals_numpy(self, values: list[float], share: float) -> None:
         assert percentile(sorted(values), share) == pytest.approx(np.quantile(values, share), rel=1e-9, abs=1e-9)
 
-    @pytest.mark.parametrize(("count", "p90", "p99"), [(9, False, False), (10, True, False), (100, True, True)])
+    @pytest.mark.parametrize(
+        ("count", "p90", "p99"), [(9, False, False), (10, True, False), (99, True, False), (100, True, True)]
+    )
     def test_no_percentile_that_the_count_cannot_carry(self, count: int, p90: bool, p99: bool) -> None:
         found = Summary.of(range(count))
         assert found is not None
