@@ -118,10 +118,6 @@ class Comparison:
                 found[tokens] = self.roofline.fraction(summary.p50, tokens + self.settings["new_tokens"] / 2)
         return found
 
-    def figure(self, key: str) -> Figure | None:
-        """One of the figures, if it was measured."""
-        return next((figure for figure in self.figures if figure.key == key), None)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, every sample included, as JSON-ready values."""
         return {

@@ -67,7 +67,6 @@ class Worker:
 
     def __init__(self, peer: Peer, python: Path, log: Path) -> None:
         self._log = log
-        self._name = peer.name
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [python, SCRIPTS / peer.script],

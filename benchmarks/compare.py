@@ -124,29 +124,28 @@ class Round:
 
     def ask(self, do: str, **request: Any) -> dict[str, dict[str, Any]]:
         """The same request to all, one after the other, in an order that is drawn; one that fails is dropped."""
-        answers = {}
+        answers: dict[str, dict[str, Any]] = {}
         for name in self._present():
-            time.sleep(REST_S)
-            try:
-                answers[name] = self._workers[name].ask(do, **request)
-            except WorkerError as error:
-                self._run.dropped[name] = str(error)
+            self._ask(name, answers, do, **request)
         return answers
 
     def start(self) -> dict[str, dict[str, Any]]:
         """Start and load all; the time of each, while no other one works."""
-        answers = {}
+        answers: dict[str, dict[str, Any]] = {}
         for name in self._present():
             peer, python, model = self._peers[name]
             log = cache_dir() / "logs" / f"peer-{Path(peer.script).stem}.log"
             worker = self._workers[name] = Worker(peer, python, log)
             self._stack.callback(worker.close)
-            time.sleep(REST_S)
-            try:
-                answers[name] = worker.ask("load", model=str(model), **self._load)
-            except WorkerError as error:
-                self._run.dropped[name] = str(error)
+            self._ask(name, answers, "load", model=str(model), **self._load)
         return answers
+
+    def _ask(self, name: str, answers: dict[str, dict[str, Any]], do: str, **request: Any) -> None:
+        time.sleep(REST_S)
+        try:
+            answers[name] = self._workers[name].ask(do, **request)
+        except WorkerError as error:
+            self._run.dropped[name] = str(error)
 
 
 def measure(options: argparse.Namespace, peers: Mapping[str, tuple[Peer, Path, Path]], run: Run, info: Any) -> None:

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from ov_phi3.kv_cache import KVUsage
     from ov_phi3.loading import LoadReport, ModelWarning, load
     from ov_phi3.machine import Machine
-    from ov_phi3.measurement import ChatTurn, Measurement, Report, measure, random_prompt
+    from ov_phi3.measurement import measure, random_prompt
     from ov_phi3.metrics import Metrics
     from ov_phi3.model_info import ModelInfo
     from ov_phi3.pipeline import Pipeline
+    from ov_phi3.report import ChatTurn, Measurement, Report
     from ov_phi3.results import Alternative, GenerationResult, StreamChunk
     from ov_phi3.roofline import Roofline
     from ov_phi3.stream import TokenStream
@@ -69,10 +70,11 @@ _HOMES = {
     "kv_cache": ("KVUsage",),
     "loading": ("LoadReport", "ModelWarning", "load"),
     "machine": ("Machine",),
-    "measurement": ("ChatTurn", "Measurement", "Report", "measure", "random_prompt"),
+    "measurement": ("measure", "random_prompt"),
     "metrics": ("Metrics",),
     "model_info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
+    "report": ("ChatTurn", "Measurement", "Report"),
     "results": ("Alternative", "GenerationResult", "StreamChunk"),
     "roofline": ("Roofline",),
     "stream": ("TokenStream",),

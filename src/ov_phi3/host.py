@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Memory", "Obstacle", "Probe", "gpu_obstacles"]
+__all__ = ["Memory", "Obstacle", "Probe", "gpu_obstacles", "text_of"]
 
 _INTEL_PCI_VENDOR = "0x8086"
 
@@ -56,6 +56,14 @@ class Obstacle:
 
 def _open_for_both(path: Path) -> bool:
     return os.access(path, os.R_OK | os.W_OK)
+
+
+def text_of(path: Path) -> str:
+    """What a file says, '' when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _load_library(name: str) -> None:
@@ -96,7 +104,7 @@ class Probe:
         return [path for path in self.opencl_vendors() if self._is_intel_gpu_driver(path)]
 
     def _is_intel_gpu_driver(self, vendor: Path) -> bool:
-        library = self._text(vendor)  # libigdrcl.so is the GPU driver; libintelocl.so is Intel's OpenCL for CPUs
+        library = text_of(vendor)  # libigdrcl.so is the GPU driver; libintelocl.so is Intel's OpenCL for CPUs
         return "igdrcl" in library or ("intel" in vendor.name and "intelocl" not in library)
 
     def render_nodes(self) -> list[Path]:
@@ -107,7 +115,7 @@ class Probe:
 
     def is_intel(self, node: Path) -> bool:
         """Whether a render node is an Intel GPU; True when the kernel does not tell."""
-        vendor = self._text(self.root / "sys/class/drm" / node.name / "device/vendor").strip()
+        vendor = text_of(self.root / "sys/class/drm" / node.name / "device/vendor").strip()
         return vendor in ("", _INTEL_PCI_VENDOR)
 
     def kernel_module(self, node: Path) -> str:
@@ -116,7 +124,7 @@ class Probe:
         if not link.exists():
             return ""
         name = link.resolve().name
-        version = self._text(self.root / "sys/module" / name / "version").strip()
+        version = text_of(self.root / "sys/module" / name / "version").strip()
         return f"{name} {version}".strip()
 
     def group_of(self, node: Path) -> str:
@@ -132,7 +140,7 @@ class Probe:
 
     def _linux_memory(self) -> Memory | None:
         fields = {}
-        for line in self._text(self.root / "proc/meminfo").splitlines():
+        for line in text_of(self.root / "proc/meminfo").splitlines():
             name, _, value = line.partition(":")
             kib = value.split()[:1]
             if kib and kib[0].isdigit():
@@ -142,22 +150,15 @@ class Probe:
         total = fields["MemTotal"]
         available = fields.get("MemAvailable", total)
         cgroup = self.root / "sys/fs/cgroup"
-        limit = self._text(cgroup / "memory.max").strip()
-        used = self._text(cgroup / "memory.current").strip()
+        limit = text_of(cgroup / "memory.max").strip()
+        used = text_of(cgroup / "memory.current").strip()
         if limit.isdigit():
             total = min(total, int(limit))
             # Cached files count as used, and are given up when memory is needed.
-            cached = re.search(r"^inactive_file (\d+)$", self._text(cgroup / "memory.stat"), re.MULTILINE)
+            cached = re.search(r"^inactive_file (\d+)$", text_of(cgroup / "memory.stat"), re.MULTILINE)
             taken = int(used if used.isdigit() else 0) - int(cached[1] if cached else 0)
             available = min(available, max(0, int(limit) - taken))
         return Memory(total, available)
-
-    @staticmethod
-    def _text(path: Path) -> str:
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
 
 
 class _MemoryStatus(ctypes.Structure):

@@ -42,7 +42,7 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """This machine, as this process sees it."""
-        described = _text(Path("/proc/cpuinfo"))
+        described = host.text_of(Path("/proc/cpuinfo"))
         memory = host.Probe().memory()
         return cls(
             cpu=_cpu_name(described),
@@ -85,16 +85,9 @@ def peak_memory_bytes() -> int | None:
     return _status_bytes("VmHWM")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _status_bytes(name: str) -> int | None:
     """A figure of /proc/self/status, which Linux gives in KiB."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", _text(Path("/proc/self/status")), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB$", host.text_of(Path("/proc/self/status")), re.MULTILINE)
     return None if found is None else int(found[1]) * 1024
 
 

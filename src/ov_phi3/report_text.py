@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ov_phi3.measurement import ChatTurn, Measurement, Report
+    from ov_phi3.report import ChatTurn, Measurement, Report
     from ov_phi3.summary import Summary
 
 __all__ = ["report_text", "table"]
@@ -77,7 +78,7 @@ def _latency_row(found: Measurement) -> tuple[str, ...]:
     reasons = set(found.finish_reasons)
     return (
         str(found.prompt_tokens),
-        str(round(_middle([s.generated_tokens for s in found.samples]))),
+        str(round(median(s.generated_tokens for s in found.samples))),
         reasons.pop() if len(reasons) == 1 else "mixed",
         _ms(found.ttft),
         _spread(found.ttft),
@@ -153,8 +154,3 @@ def _ms(found: Summary | None, digits: int = 1) -> str:
 
 def _spread(found: Summary | None, digits: int = 1) -> str:
     return "-" if found is None else f"{found.p25:.{digits}f} to {found.p75:.{digits}f}"
-
-
-def _middle(values: Sequence[int]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -34,13 +34,18 @@ def note(text: str, *, end: str = "\n") -> None:
 _CLEAR = "\r\x1b[K"
 
 
+def _redraw(text: str) -> None:
+    """Replace the line that the cursor is on, cut to the terminal's width."""
+    note(_CLEAR + text[: shutil.get_terminal_size().columns - 1], end="")
+
+
 def progress(line: ProgressLine) -> None:
     """A line of an export: a progress bar redraws itself in a terminal, and is left out everywhere else."""
     watched = sys.stderr.isatty()
     if not line.transient:
         note((_CLEAR if watched else "") + line)
     elif watched:
-        note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
+        _redraw(line)
 
 
 @contextlib.contextmanager
@@ -50,7 +55,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
     def tell(text: str) -> None:
         if watched:
-            note(_CLEAR + text[: shutil.get_terminal_size().columns - 1], end="")
+            _redraw(text)
 
     try:
         yield tell
@@ -81,7 +86,7 @@ class PrefillBar:
         filled = self.WIDTH * done // total
         bar = "#" * filled + "-" * (self.WIDTH - filled)
         line = f"Reading the prompt [{bar}] {done} of {total} tokens"
-        note(_CLEAR + line[: shutil.get_terminal_size().columns - 1], end="")
+        _redraw(line)
         self._shown = True
 
     def clear(self) -> None:
@@ -130,23 +135,17 @@ def load(args: argparse.Namespace) -> Pipeline:
     """Load the model, telling which device it went to."""
     import ov_phi3
 
-    watched = sys.stderr.isatty()
-    if watched:
-        note(f"Loading {args.model} ...", end="")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, status_line() as tell:
         warnings.simplefilter("always", ov_phi3.ModelWarning)
-        try:
-            pipe = ov_phi3.load(
-                args.model,
-                args.device,
-                ov_config=properties(args.ov_config) or None,
-                context_length=args.context_length,
-                kv_cache_gb=args.kv_cache_gb,
-                prefill_chunk=args.prefill_chunk,
-            )
-        finally:
-            if watched:
-                print(_CLEAR, end="", file=sys.stderr, flush=True)
+        tell(f"Loading {args.model} ...")
+        pipe = ov_phi3.load(
+            args.model,
+            args.device,
+            ov_config=properties(args.ov_config) or None,
+            context_length=args.context_length,
+            kv_cache_gb=args.kv_cache_gb,
+            prefill_chunk=args.prefill_chunk,
+        )
     note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     for warning in caught:
         note(f"warning: {warning.message}")

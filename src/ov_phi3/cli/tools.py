@@ -136,7 +136,6 @@ def _bench(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=tell,
         )
-
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
 
