@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ov_phi3 import GenerationConfig
 from ov_phi3.backends import Emit, EngineReport, Hypothesis, PrefixCache, Request
 
 
@@ -22,6 +23,9 @@ class ScriptedBackend:
     most_running: int = 0
     closed: bool = False
     prefix_cache: PrefixCache | None = None
+
+    def lacks(self, config: GenerationConfig) -> str | None:
+        return None
 
     def caches(self, request: Request) -> bool:
         return self.prefix_cache is not None

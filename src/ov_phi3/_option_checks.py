@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ov_phi3.errors import ConfigError
@@ -26,6 +26,7 @@ INTEGERS = {
     "no_repeat_ngram_size": (0, None),
     "num_assistant_tokens": (1, None),
     "max_ngram_size": (1, None),
+    "top_logprobs": (0, 20),
 }
 NUMBERS = {
     "temperature": (0.0, None),
@@ -126,6 +127,36 @@ def token_ids(value: object) -> tuple[int, ...] | None:
     for item in value:
         check_number("stop_token_ids", item, 0, None, whole=True)
     return tuple(dict.fromkeys(value))
+
+
+def logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
+    """Biases by token id, sorted, as pairs, which can be hashed; ids may be text, as in OpenAI's JSON."""
+    if value is None:
+        return None
+    try:
+        pairs = dict(value.items() if isinstance(value, Mapping) else value)  # type: ignore[call-overload]
+    except (TypeError, ValueError) as exc:
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {value!r}") from exc
+    found: dict[int, float] = {}
+    for key, bias in pairs.items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20 else key
+        check_number("logit_bias's token id", token, 0, None, whole=True)
+        if bias == -math.inf:  # rules the token out
+            found[token] = -math.inf
+            continue
+        check_number(f"logit_bias[{token}]", bias, None, None, whole=False)
+        found[token] = float(bias)
+    return tuple(sorted(found.items()))
+
+
+def processors(value: object) -> tuple[Callable[..., Any], ...] | None:
+    """Logits processors, as a tuple."""
+    if value is None:
+        return None
+    items = (value,) if callable(value) else value
+    if not isinstance(items, (list, tuple)) or not all(callable(item) for item in items):
+        raise TypeError(f"logits_processors must be a list of functions of (ids, logits), not {value!r}")
+    return tuple(items)
 
 
 def schema_text(value: object) -> str | None:

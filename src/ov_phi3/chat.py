@@ -7,21 +7,26 @@ other ids, and then the engine's prefix cache no longer matches.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.errors import ConfigError, StreamError, did_you_mean
+from ov_phi3 import snapshot
+from ov_phi3.errors import ConfigError, SnapshotError, StreamError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.kv_cache import KVUsage
+from ov_phi3.prefix import read_for
 from ov_phi3.results import GenerationResult
+from ov_phi3.tokenizer import as_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.kv_tensors import KVValue
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.stream import Channel, TokenStream
     from ov_phi3.tokenizer import Tokenizer
@@ -86,6 +91,7 @@ class Chat:
         self._lock = threading.Lock()  # of the state, for one moment
         self._turn = threading.Lock()  # of starting a turn
         self._running: Channel | None = None
+        self._kv: KVValue | None = None  # of a chat that was loaded, until its first turn has used it
         self._state = _State(None if system is None else {"role": "system", "content": system})
         if system is not None:
             pipeline.tokenizer.template.segments(self._state.head)  # a layout without a system turn says so now
@@ -178,6 +184,7 @@ class Chat:
                 streams=True,
                 on_end=lambda result: self._end(state, gone, message, result, keep=keep),
                 on_prefill=on_prefill,
+                turns_before=len(state.turns),
             )
             # The channel and not the stream: a stream that its reader drops must still cancel itself.
             self._running = stream._channel
@@ -216,7 +223,70 @@ class Chat:
             self._await_turn_before()
             branch = Chat(self._pipeline, overflow=self.overflow, on_cancel=self.on_cancel)
             branch._set(self._now())
+            branch._kv = self._kv
             return branch
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the conversation to a file, whole or not at all; returns its size in bytes.
+
+        With `backend="infer_request"` its keys and values are written too, so that the next turn need not compute them,
+        in this process or another. `Pipeline.load_chat` reads it.
+
+        Raises:
+            StreamError: a reply is still coming.
+            SnapshotError: it cannot be written.
+            TypeError: `path` is not a path.
+        """
+        os.fspath(path)
+        with self._turn:
+            self._await_turn_before()
+            state, pipeline = self._now(), self._pipeline
+            ids = np.array(state.ids, dtype=np.int64)
+            value = pipeline._value_of_chat(ids)
+            conversation = {
+                "system": None if state.system is None else state.system["content"],
+                "turns": [[t.user["content"], t.assistant["content"], list(t.reply)] for t in state.turns],
+                "overflow": self.overflow,
+                "on_cancel": self.on_cancel,
+                "dropped": state.dropped,
+            }
+            return snapshot.write(path, snapshot.Snapshot("chat", pipeline._identity, ids, value, conversation))
+
+    @classmethod
+    def _restored(cls, pipeline: Pipeline, path: str | os.PathLike[str]) -> Chat:
+        """A conversation from a file."""
+        found = read_for(pipeline, path, "chat", engine=False)
+        try:
+            chat = cls._from_conversation(pipeline, found.conversation or {})
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not one of this layout.") from exc
+        if list(chat._state.ids) != found.ids.tolist():
+            raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
+        chat._kv = pipeline._adopted(found)
+        return chat
+
+    @classmethod
+    def _from_conversation(cls, pipeline: Pipeline, conversation: Mapping[str, Any]) -> Chat:
+        chat = cls(
+            pipeline,
+            system=conversation["system"],
+            overflow=conversation["overflow"],
+            on_cancel=conversation["on_cancel"],
+        )
+        turns = tuple(
+            _Turn(
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": assistant},
+                tuple(as_ids(reply, pipeline.info.vocab_size).tolist()),
+            )
+            for user, assistant, reply in conversation["turns"]
+        )
+        if not all(isinstance(m["content"], str) and turn.reply for turn in turns for m in turn.messages):
+            raise TypeError("a message is a text, and a reply has ids")
+        state = chat._now()
+        ids = chat._laid_out(state.head, turns)
+        chat._set(replace(state, turns=turns, ids=ids, dropped=int(conversation["dropped"])))
+        return chat
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -256,6 +326,7 @@ class Chat:
         reused = result.metrics.reused_tokens or 0
         dropped = state.dropped + len(gone)
         self._set(replace(state, turns=(*state.turns, turn), ids=ids, reused=reused, dropped=dropped))
+        self._kv = None
         return replace(result, dropped_messages=[m for turn in gone for m in turn.messages]) if gone else result
 
     # -- layout ------------------------------------------------------------------------------------------------------
@@ -318,7 +389,7 @@ class Chat:
         pipeline = self._pipeline
         tokens = len(self._with_message(self._now().head, (), message))
         if tokens + reply > pipeline.context_length:
-            raise pipeline._overflow(
+            raise pipeline._limits.overflow(
                 f"{what} takes {tokens} tokens with the layout around it, and the reply may take {reply}",
                 tokens,
                 reply,

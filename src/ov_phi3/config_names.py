@@ -159,6 +159,8 @@ OPENAI = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
     "response_format": "json_schema",
+    "logit_bias": "logit_bias",
+    "top_logprobs": "top_logprobs",
 }
 """Parameter of OpenAI's chat completions -> option here."""
 
@@ -166,9 +168,7 @@ OPENAI_PASSED_BY = ("model", "messages", "stream", "stream_options", "user", "st
 """Parameters of a chat completion that say nothing about how the reply is generated."""
 
 _OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
+    "logprobs": (False, True),
     "tools": ([],),
     "tool_choice": ("none",),
 }
@@ -270,6 +270,10 @@ def from_openai(request: Mapping[str, Any]) -> dict[str, Any]:
             known = (*OPENAI, *OPENAI_PASSED_BY, *_OPENAI_NEUTRAL)
             detail = "is not supported here" if key in _OPENAI_NEUTRAL else "is not a parameter known here"
             raise ConfigError(f"{key}={value!r} {detail}.{'' if key in known else did_you_mean(key, known)}")
+    if request.get("logprobs"):
+        out.setdefault("top_logprobs", 0)
+    elif wanted := out.pop("top_logprobs", 0):
+        raise ConfigError(f"top_logprobs={wanted!r} needs logprobs=true.")
     if out.get("temperature") == 0:
         out.pop("top_p", None)  # OpenAI's clients send both; at temperature 0 there is nothing left to choose from
     return out
@@ -297,6 +301,8 @@ def to_genai(config: GenerationConfig) -> openvino_genai.GenerationConfig:
     """One of our configs as an `openvino_genai.GenerationConfig`; options not given keep GenAI's own defaults."""
     import openvino_genai
 
+    if own := config.own_loop():
+        raise ConfigError(f"{own} has no counterpart in OpenVINO GenAI; load with backend='infer_request' to use it.")
     out = openvino_genai.GenerationConfig()
     out.apply_chat_template = False
     given = config.given

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3 import config_names
 from ov_phi3._option_checks import (
@@ -22,6 +22,8 @@ from ov_phi3._option_checks import (
     check_bool,
     check_number,
     check_text,
+    logit_bias,
+    processors,
     schema_text,
     stop_strings,
     token_ids,
@@ -31,7 +33,10 @@ from ov_phi3.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     import openvino_genai
 
-__all__ = ["BOOLEANS", "DEFAULTS", "INTEGERS", "NUMBERS", "GenerationConfig"]
+__all__ = ["BOOLEANS", "DEFAULTS", "INTEGERS", "NUMBERS", "OWN_LOOP", "GenerationConfig", "LogitsProcessor"]
+
+LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
+"""A function of the ids so far and the logits of the next token, that gives back the logits."""
 
 DEFAULTS: dict[str, Any] = {
     "min_new_tokens": 0,
@@ -54,6 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "length_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "stop_criteria": "heuristic",
+    "logit_bias": (),
+    "logits_processors": (),
 }
 """What a field is when neither the caller nor the model says. A field at its value here changes nothing."""
 
@@ -61,6 +68,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_ngram_size", "stop_criteria")
 _STRUCTURED = ("json_schema", "regex", "grammar")
 _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
+OWN_LOOP = ("logit_bias", "logits_processors", "top_logprobs")
+"""Options that only `backend="infer_request"` has."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,12 @@ class GenerationConfig:
         num_assistant_tokens: candidates per step of prompt lookup, for a pipeline loaded with `prompt_lookup=True`.
         assistant_confidence_threshold: candidates by confidence instead of by number (draft models).
         max_ngram_size: longest n-gram that prompt lookup searches the prompt for.
+        logit_bias: numbers added to the logits of token ids, as a dict; minus infinity rules a token out
+            (`backend="infer_request"`, as are the next two).
+        logits_processors: functions of (ids, logits) that give back the logits: int64 of shape [tokens], prompt and
+            reply so far, and float32 of shape [vocabulary], which they may change. Run in order, after penalties and
+            bias, before temperature. What one raises ends the reply and is raised to the reader.
+        top_logprobs: log-probabilities of each token of the reply, and of this many likeliest ones, 0 to 20.
 
     Raises:
         ConfigError: an unknown option, a value out of range, or two options that contradict each other.
@@ -133,6 +148,9 @@ class GenerationConfig:
     num_assistant_tokens: int | None = None
     assistant_confidence_threshold: float | None = None
     max_ngram_size: int | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    top_logprobs: int | None = None
 
     def __new__(cls, *_: object, **options: object) -> GenerationConfig:  # noqa: D102 - __init__ with our error
         check_names(options)
@@ -148,6 +166,8 @@ class GenerationConfig:
         for name in ("regex", "grammar"):
             check_text(name, getattr(self, name))
         object.__setattr__(self, "json_schema", schema_text(self.json_schema))
+        object.__setattr__(self, "logit_bias", logit_bias(self.logit_bias))
+        object.__setattr__(self, "logits_processors", processors(self.logits_processors))
         if self.stop_criteria is not None and self.stop_criteria not in ("early", "heuristic", "never"):
             raise ConfigError(f"stop_criteria={self.stop_criteria!r}; expected 'early', 'heuristic' or 'never'.")
         self._check_contradictions()
@@ -185,6 +205,13 @@ class GenerationConfig:
     def given(self) -> dict[str, Any]:
         """The options that are not None, by name."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are not None as JSON-ready values; of functions, their names."""
+        values = self.given
+        if self.logits_processors is not None:
+            values["logits_processors"] = [getattr(f, "__name__", type(f).__name__) for f in self.logits_processors]
+        return values
 
     def merged_over(self, base: GenerationConfig) -> GenerationConfig:
         """Both together, this one's options before `base`'s.
@@ -232,8 +259,17 @@ class GenerationConfig:
     # -- to the engine -----------------------------------------------------------------------------------------------
 
     def to_genai(self) -> openvino_genai.GenerationConfig:
-        """The same as an `openvino_genai.GenerationConfig`, for use with that library directly."""
+        """The same as an `openvino_genai.GenerationConfig`, for use with that library directly.
+
+        Raises:
+            ConfigError: an option that GenAI does not have.
+        """
         return config_names.to_genai(self)
+
+    def own_loop(self) -> str | None:
+        """The first option given that only `backend="infer_request"` has, as it was written; None without one."""
+        given = self._set(OWN_LOOP)
+        return self._show(given[0]) if given else None
 
     def _is_search(self) -> bool:
         """Whether it asks for several replies to choose from, which cannot be streamed."""

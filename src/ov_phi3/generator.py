@@ -29,7 +29,9 @@ from ov_phi3.generation_config import GenerationConfig
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.kv_cache import BlockLedger
+    from ov_phi3.backends.infer_request import InferRequestBackend
+    from ov_phi3.kv_cache import Books
+    from ov_phi3.results import TokenLogprob
 
 __all__ = ["LARGE_MODEL_CHUNK", "PREFILL_CHUNK", "Cancelled", "Generator", "Watch"]
 
@@ -56,13 +58,13 @@ class Generator:
     """Asks a backend for replies. Used by one thread at a time.
 
     Attributes:
-        ledger: the books of the backend's prefix cache; None where it has none.
+        ledger: the books of the backend's prefix cache; None where it has none, or none are known.
         rope_boundary: see `ModelInfo.rope_boundary`.
         chunk: prompt tokens per piece; 0 for whole prompts. Needs the prefix cache.
         assisted_tokens: most candidates per step of a pipeline with prompt lookup or a draft model; 0 for others.
     """
 
-    ledger: BlockLedger | None = None
+    ledger: Books | None = None
     rope_boundary: int | None = None
     chunk: int = PREFILL_CHUNK
     assisted_tokens: int = 0
@@ -72,7 +74,7 @@ class Generator:
         if self.ledger is None or not len(ids):
             return 0
         following = np.append(ids, -1)  # a prompt computes its last token in any case: let that be the one after these
-        return self.ledger.find(following, self._salt(self._is_past(len(ids) + 1)))
+        return self.ledger.find(following, self._salt(self.is_past(len(ids) + 1)))
 
     def reply_room(self, prompt_tokens: int) -> int | None:
         """Longest reply, in tokens, that ends before the sequence must be computed afresh; None for any length.
@@ -105,10 +107,43 @@ class Generator:
             return replace(report, hit_limit=False)
         return _joined(report, second, len(first.ids), len(rest.ids), len(whole) - (second.reused_tokens or 0))
 
+    def fill(self, backend: Backend, request: Request, watch: Watch) -> None:
+        """Have all of a request's ids in the cache, for an engine that `caches` by the token.
+
+        Raises:
+            Cancelled: `watch` asked to stop.
+        """
+        request, ledger = self._sided(backend, request)
+        assert ledger is not None, "the engine has no cache"
+        request, _, _ = self._prefill(backend, request, ledger, watch)
+        if self.cached_tokens(request.ids) < len(request.ids):
+            self._compute(backend, request, ledger)
+        _ask(watch, len(request.ids), len(request.ids))
+
+    def score(self, backend: InferRequestBackend, request: Request, start: int, watch: Watch) -> list[float]:
+        """Log-probabilities of a request's ids from `start` on, each by the factors that a sequence of its length has.
+
+        Raises:
+            Cancelled: `watch` asked to stop.
+        """
+        total, boundary = len(request.ids), self.rope_boundary
+        cut = start
+        if boundary is not None and start <= boundary < total - 1:
+            cut = boundary + 1  # the last id that is predicted by the short factors has as many before it
+        found: list[float] = []
+        for first, end in ((start, cut), (cut, total)):
+            if first < end:
+                part = replace(request, ids=request.ids[:end], past_boundary=self.is_past(end - 1))
+                with _forgetting(backend.slots):
+                    found += backend.score(part, first, lambda done: watch(done, total), self.chunk)
+                if len(found) < end - start:
+                    raise Cancelled
+        return found
+
     def search(self, backend: Backend, request: Request, watch: Watch) -> tuple[list[Hypothesis], int | None]:
         """Several replies at once; and the prompt tokens that were found in the cache."""
         request, ledger = self._sided(backend, request)
-        reused, _ = self._prefill(backend, request, ledger, watch)
+        request, reused, _ = self._prefill(backend, request, ledger, watch)
         if ledger is None:
             return backend.search(request), None if backend.caches(request) else 0
         longest, sequences = request.config.max_new_tokens or 0, _sequences(request.config)
@@ -147,7 +182,7 @@ class Generator:
 
     def _piece(self, backend: Backend, request: Request, emit: Emit, watch: Watch) -> EngineReport:
         request, ledger = self._sided(backend, request)
-        reused, spent = self._prefill(backend, request, ledger, watch)
+        request, reused, spent = self._prefill(backend, request, ledger, watch)
         if ledger is None:
             return backend.generate(request, emit)
         counted = _Counted(emit)
@@ -157,38 +192,43 @@ class Generator:
         ttft = None if report.ttft_ms is None else report.ttft_ms + spent
         return replace(report, reused_tokens=reused, ttft_ms=ttft)
 
-    def _sided(self, backend: Backend, request: Request) -> tuple[Request, BlockLedger | None]:
+    def _sided(self, backend: Backend, request: Request) -> tuple[Request, Books | None]:
         """The request with the side of the boundary that it is on, and the books that it is in."""
-        request = replace(request, past_boundary=self._is_past(len(request.ids)))
+        request = replace(request, past_boundary=self.is_past(len(request.ids)))
         return request, self.ledger if self.ledger is not None and backend.caches(request) else None
 
     def _prefill(
-        self, backend: Backend, request: Request, ledger: BlockLedger | None, watch: Watch
-    ) -> tuple[int | None, float]:
-        """Prefill all of a long prompt but its last piece; returns what was found in the cache, and the engine's
-        milliseconds.
+        self, backend: Backend, request: Request, ledger: Books | None, watch: Watch
+    ) -> tuple[Request, int | None, float]:
+        """Prefill all of a long prompt but its last piece; returns the request as it goes on, what was found in the
+        cache, and the engine's milliseconds.
         """
         total, spent = len(request.ids), 0.0
         if ledger is None:
             _ask(watch, 0, total)
-            return None, spent
-        reused = done = ledger.find(request.ids, self._salt(request.past_boundary))
+            return request, None, spent
+        reused = done = ledger.find(request.ids, self._salt(request.past_boundary), alone=request.alone)
         _ask(watch, done, total)
         if self.chunk:
             # Pieces end where blocks do; the last one is let grow by a half rather than leave a small remainder.
             step = max(1, self.chunk // ledger.block_size) * ledger.block_size
             while total - done > step + step // 2:
                 done = done - done % ledger.block_size + step
-                part = replace(request, ids=request.ids[:done], config=_ONE_TOKEN, end_ids=())
-                counted = _Counted(lambda _: True)
-                with _forgetting(ledger):
-                    report = backend.generate(part, counted)
-                self._note(ledger, part, counted, report)
-                spent += report.ttft_ms or 0.0
+                spent += self._compute(backend, replace(request, ids=request.ids[:done]), ledger)
+                request = replace(request, alone=False)  # what it needs was computed just now
                 _ask(watch, done, total)
-        return reused, spent
+        return request, reused, spent
 
-    def _note(self, ledger: BlockLedger, request: Request, reply: _Counted, report: EngineReport) -> None:
+    def _compute(self, backend: Backend, request: Request, ledger: Books) -> float:
+        """Have all of a request's ids in the cache; returns the engine's milliseconds."""
+        part = replace(request, config=_ONE_TOKEN, end_ids=())
+        counted = _Counted(lambda *_: True)
+        with _forgetting(ledger):
+            report = backend.generate(part, counted)
+        self._note(ledger, part, counted, report)
+        return report.ttft_ms or 0.0
+
+    def _note(self, ledger: Books, request: Request, reply: _Counted, report: EngineReport) -> None:
         generated = reply.ids if report.generated is None else report.generated
         ledger.record(
             request.ids,
@@ -199,7 +239,8 @@ class Generator:
             others=1 if report.generated is None else 0,
         )
 
-    def _is_past(self, tokens: int) -> bool:
+    def is_past(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens is past the LongRoPE boundary."""
         return self.rope_boundary is not None and tokens > self.rope_boundary
 
     @staticmethod
@@ -235,15 +276,15 @@ class _Counted:
         self.ids: list[int] = []
         self.stopped = False
 
-    def __call__(self, ids: Sequence[int]) -> bool:
+    def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
         self.ids += ids
-        if not self._emit(ids):
+        if not self._emit(ids, logprobs):
             self.stopped = True
         return not self.stopped
 
 
 @contextlib.contextmanager
-def _forgetting(ledger: BlockLedger) -> Iterator[None]:
+def _forgetting(ledger: Books) -> Iterator[None]:
     """After a failure in the engine nothing is known of its cache."""
     try:
         yield

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ov_phi3.model_info import ModelInfo
 
-__all__ = ["BlockLedger", "KVLayout", "KVUsage"]
+__all__ = ["BlockLedger", "Books", "KVLayout", "KVUsage"]
 
 _GROWTH_TOKENS = 256
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "u4": 4}
@@ -109,6 +109,44 @@ class KVLayout:
         return self.block_bytes(info) / self.block_size
 
 
+class Books(Protocol):
+    """What is known of an engine's cache: `BlockLedger` reckons it, an engine of our own knows it.
+
+    Attributes:
+        block_size: tokens per block; prompts are computed in pieces of whole blocks.
+        grows: whether there is no fixed number of places.
+    """
+
+    block_size: int
+    grows: bool
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there are places for."""
+        ...
+
+    def find(self, ids: NDArray[np.int64], salt: bytes = b"", *, alone: bool = False) -> int:
+        """Tokens of a prompt that it would find in the cache; `alone`: see `Request`."""
+        ...
+
+    def record(
+        self,
+        ids: NDArray[np.int64],
+        generated: Sequence[int],
+        *,
+        longest: int,
+        exact: bool,
+        salt: bytes = b"",
+        others: int = 0,
+    ) -> None:
+        """Note a reply that has ended."""
+        ...
+
+    def forget(self) -> None:
+        """Note that the engine has failed."""
+        ...
+
+
 class BlockLedger:
     """The books of a paged prefix cache, kept as the engine keeps its own.
 
@@ -133,12 +171,13 @@ class BlockLedger:
         self._unknown = 0
         self._enlarge(num_blocks)
 
-    def find(self, ids: NDArray[np.int64], salt: bytes = b"") -> int:
+    def find(self, ids: NDArray[np.int64], salt: bytes = b"", *, alone: bool = False) -> int:  # noqa: ARG002
         """Tokens of a prompt that it would find in the cache.
 
         Args:
             ids: the prompt, int64, shape [tokens].
             salt: tells apart sequences whose ids are equal and whose keys are not.
+            alone: has no effect: the engine shares its blocks with every request.
         """
         with self._lock:
             keys, tokens = self._plan(ids, salt)

@@ -9,22 +9,23 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
 from ov_phi3._core import shared_core
 from ov_phi3.backends import BACKENDS, Backend, Request
+from ov_phi3.backends.infer_request import InferRequestBackend, infer_request_properties
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
 from ov_phi3.compile_cache import cache_key, load_guarded, prepare
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.generator import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Generator
-from ov_phi3.kv_cache import BlockLedger
+from ov_phi3.kv_cache import BlockLedger, Books
 from ov_phi3.kv_pool import KVPool, plan
 from ov_phi3.model_info import ModelInfo
 from ov_phi3.pipeline import Pipeline
@@ -39,10 +40,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.device import DeviceInfo
+    from ov_phi3.results import TokenLogprob
 
     _Opening: TypeAlias = Future[tuple[Tokenizer, float]]
 
 __all__ = ["LoadReport", "ModelWarning", "load"]
+
+E = TypeVar("E", bound=Backend)
+_Engine: TypeAlias = LLMPipelineBackend | InferRequestBackend
 
 _log = logging.getLogger("ov_phi3")
 
@@ -94,7 +99,9 @@ def load(
     Args:
         model_dir: what `export` wrote, or `optimum-cli export openvino`.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
-        backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`.
+        backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`; or "infer_request", a decode loop of our own,
+            whose KV caches can be saved and loaded, and which has `score`, logits processors and log-probabilities, but
+            no beam search, structured output or speculative decoding. It caches in float16 unless told otherwise.
         ov_config: OpenVINO properties, laid over the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1` and
             `CACHE_DIR=""`. A `CACHE_DIR` is kept apart by model, versions, driver and device, and checked by a canary.
             A model with float32 weights also computes and caches in float32 on the CPU.
@@ -129,13 +136,22 @@ def load(
     _check_chunk(prefill_chunk)
     chosen = _device(device)
     properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
+    own_loop = backend == "infer_request"
+    if own_loop:
+        properties = infer_request_properties(chosen, properties)
     pool = plan(info, chosen, properties, context_length=context_length, kv_cache_gb=kv_cache_gb)
     # The tokenizer is opened beside the model, which takes ten times as long and leaves a core free for most of it.
     with ThreadPoolExecutor(max_workers=1) as beside:
         layout = template or ChatTemplate.for_info(info)
         opening = beside.submit(_timed, lambda: Tokenizer(info.path, layout, vocab_size=info.vocab_size))
         try:
-            opened, model_ms = _timed(lambda: _open(info, chosen, properties, pool, opening, kv_cache_gb is not None))
+            opened, model_ms = _timed(
+                lambda: (
+                    _open_own_loop(info, chosen, properties, pool, opening)
+                    if own_loop
+                    else _open(info, chosen, properties, pool, opening, kv_cache_gb is not None)
+                )
+            )
         except Error:
             opening.result()  # a broken tokenizer keeps the engine from loading, too: then that is what to tell
             raise
@@ -169,7 +185,7 @@ def load(
         generator=Generator(
             ledger=opened.ledger,
             rope_boundary=info.rope_boundary if (info.rope_boundary or 0) < pool.window else None,
-            chunk=_default_chunk(info, chosen) if prefill_chunk is None else prefill_chunk,
+            chunk=_chunk(engine, info, chosen, prefill_chunk),
             assisted_tokens=_ASSISTED if {"prompt_lookup", "draft_model"} & properties.keys() else 0,
         ),
         pool=pool,
@@ -208,7 +224,12 @@ def _check_chunk(wanted: int | None) -> None:
         raise ConfigError(f"prefill_chunk={wanted}; expected a number of tokens, or 0 for whole prompts.")
 
 
-def _default_chunk(info: ModelInfo, device: DeviceInfo) -> int:
+def _chunk(engine: _Engine, info: ModelInfo, device: DeviceInfo, wanted: int | None) -> int:
+    """Prompt tokens per piece; 0 for whole prompts."""
+    if isinstance(engine, InferRequestBackend) and engine.whole_prompts:
+        return 0
+    if wanted is not None:
+        return wanted
     return LARGE_MODEL_CHUNK if device.kind == "CPU" and info.weight_bytes > 2**30 else PREFILL_CHUNK
 
 
@@ -238,10 +259,10 @@ _ASSISTED = 5
 class _Opened:
     """An engine, and how it was opened."""
 
-    engine: LLMPipelineBackend
+    engine: _Engine
     cache: str
     cache_dir: Path | None
-    ledger: BlockLedger | None
+    ledger: Books | None
     given: dict[str, Any]
     doubts: tuple[str, ...] = ()
 
@@ -284,28 +305,57 @@ def _open_with(
             rope_boundary=info.rope_boundary,
         )
 
-    base, folder, state = properties["CACHE_DIR"], None, "off"
-    probe: NDArray[np.int64] | None = None
-    seen: list[int] = []
-    if not base:
-        engine = compile_with("")
-    else:
-        tokenizer, _ = opening.result()
-        probe = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
-        # A scheduler has no bearing on what is compiled, and its text is not the same twice.
-        compiled = {k: v for k, v in properties.items() if k != "scheduler_config"}
-        folder = prepare(base, cache_key(info.fingerprint, versions.installed(), device, compiled))
-
-        def canary(loaded: LLMPipelineBackend) -> list[int]:
-            seen[:] = _canary(loaded, probe, info)
-            return seen
-
-        engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
+    engine, state, folder, probe, seen = _compiled(compile_with, info, device, properties, opening)
     rules = engine.prefix_cache
     ledger = None if rules is None else BlockLedger(rules.block_size, rules.num_blocks)
     if ledger is not None and probe is not None and seen:
         ledger.record(probe, seen[:-1], longest=len(seen), exact=True)
     return _Opened(engine, state, folder, ledger, given)
+
+
+def _open_own_loop(
+    info: ModelInfo, device: DeviceInfo, properties: dict[str, Any], pool: KVPool, opening: _Opening
+) -> _Opened:
+    """The engine with our own decode loop."""
+
+    def compile_with(cache_dir: str) -> InferRequestBackend:
+        return InferRequestBackend(
+            info.path,
+            device.name,
+            {**properties, "CACHE_DIR": cache_dir},
+            capacity=max(pool.window, pool.num_blocks * pool.layout.block_size),
+            rope_boundary=info.rope_boundary,
+        )
+
+    try:
+        engine, state, folder, _, _ = _compiled(compile_with, info, device, properties, opening)
+    except Error:
+        raise
+    except Exception as exc:
+        raise _explained(exc, info, device) from exc
+    return _Opened(engine, state, folder, engine.slots, properties)
+
+
+def _compiled(
+    compile_with: Callable[[str], E], info: ModelInfo, device: DeviceInfo, properties: dict[str, Any], opening: _Opening
+) -> tuple[E, str, Path | None, NDArray[np.int64] | None, list[int]]:
+    """An engine, compiled or from the compile cache; how the cache was used, its folder, and what was asked of it."""
+    seen: list[int] = []
+    base = properties["CACHE_DIR"]
+    if not base:
+        return compile_with(""), "off", None, None, seen
+    tokenizer, _ = opening.result()
+    probe = tokenizer.encode_messages([{"role": "user", "content": "Name three colours."}])
+    # A scheduler has no bearing on what is compiled, and its text is not the same twice.
+    compiled = {k: v for k, v in properties.items() if k != "scheduler_config"}
+    folder = prepare(base, cache_key(info.fingerprint, versions.installed(), device, compiled))
+
+    def canary(loaded: E) -> list[int]:
+        seen[:] = _canary(loaded, probe, info)
+        return seen
+
+    engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
+    return engine, state, folder, probe, seen
 
 
 def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
@@ -326,7 +376,7 @@ def _canary(engine: Backend, ids: Any, info: ModelInfo) -> list[int]:
     config = GenerationConfig(max_new_tokens=8, do_sample=False, ignore_eos=True).resolve(room=8)
     seen: list[int] = []
 
-    def emit(new: Any) -> bool:
+    def emit(new: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:  # noqa: ARG001
         seen.extend(new)
         return True
 

@@ -136,7 +136,7 @@ def _check(pipe: Pipeline, lengths: Sequence[int], new_tokens: int, repeat: int,
         raise ConfigError(f"ends={ends!r}; expected 'forced' or 'natural'.")
     wanted = GenerationConfig(max_new_tokens=new_tokens)
     for length in lengths:
-        pipe._check_room(wanted, length, pipe.context_length - length)
+        pipe._limits.check_room(wanted, length, pipe.context_length - length)
 
 
 def _replies(

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from ov_phi3.backends import Backend, Request
+from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.chat import Chat
-from ov_phi3.errors import ClosedError, ConfigError, ContextOverflowError, PromptError
+from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError
 from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.generator import Generator
+from ov_phi3.generator import Cancelled, Generator
+from ov_phi3.identity import check_identity, identity_of
 from ov_phi3.kv_cache import KVLayout
 from ov_phi3.kv_pool import KVPool
-from ov_phi3.results import GenerationResult
+from ov_phi3.kv_tensors import KVTensors, KVValue
+from ov_phi3.limits import Limits
+from ov_phi3.prefix import Prefix, read_for
+from ov_phi3.results import GenerationResult, Score
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import Tokenizer, as_ids
 from ov_phi3.turns import Turn, Turns
-from ov_phi3.worker import OnEnd, OnPrefill, Reply
+from ov_phi3.worker import OnEnd, OnPrefill, Reply, first_sentence
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from ov_phi3.device import DeviceInfo
     from ov_phi3.loading import LoadReport
     from ov_phi3.model_info import ModelInfo
+    from ov_phi3.snapshot import Snapshot
 
     Prompt: TypeAlias = str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
 
@@ -71,6 +81,7 @@ class Pipeline:
         self.load_report = load_report
         self._generator = generator or Generator()
         self._pool = pool or KVPool(KVLayout(block_size=32), 0, context_length, scheduler=False)
+        self._limits = Limits(info, defaults, context_length, self._generator, self._pool)
         self._backend: Backend | None = backend
         self._asked = False
         self._turns = Turns()
@@ -90,6 +101,7 @@ class Pipeline:
         config: GenerationConfig | None = None,
         *,
         on_prefill: OnPrefill | None = None,
+        prefix: Prefix | None = None,
         **options: Any,
     ) -> GenerationResult:
         """The whole reply to a prompt.
@@ -100,16 +112,20 @@ class Pipeline:
             on_prefill: called with the prompt tokens that are prefilled and their total: at the start (what the cache
                 had), after every piece of a long prompt, and with the first token. It runs in the reply's own thread;
                 what it raises ends the reply and is raised here.
+            prefix: what the prompt follows, prefilled (`prefill`, `load_prefix`). A string is the user message that
+                comes next. Messages, `Raw` text and ids come next too, unless they begin with all of the prefix's ids:
+                then they are the whole prompt.
             **options: fields of `GenerationConfig`.
 
         Raises:
-            ConfigError: an unknown option or one that contradicts another.
+            ConfigError: an unknown option, one that contradicts another, or one that this backend does not have.
             ContextOverflowError: prompt and reply do not fit the context window.
             PromptError, TemplateError: a prompt that cannot become token ids.
+            SnapshotError: a prefix of another model.
             GenerationError: the engine failed.
             ClosedError: the pipeline was closed.
         """
-        return self._start(prompt, config, options, streams=False, on_prefill=on_prefill).result
+        return self._start(prompt, config, options, streams=False, on_prefill=on_prefill, prefix=prefix).result
 
     def stream(
         self,
@@ -117,10 +133,95 @@ class Pipeline:
         config: GenerationConfig | None = None,
         *,
         on_prefill: OnPrefill | None = None,
+        prefix: Prefix | None = None,
         **options: Any,
     ) -> TokenStream:
         """The reply as it comes; generation starts at once. Arguments and errors are those of `generate`."""
-        return self._start(prompt, config, options, streams=True, on_prefill=on_prefill)
+        return self._start(prompt, config, options, streams=True, on_prefill=on_prefill, prefix=prefix)
+
+    def score(
+        self,
+        prompt: Prompt,
+        continuation: str | Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        prefix: Prefix | None = None,
+    ) -> Score:
+        """How likely the model finds a continuation of a prompt (`backend="infer_request"`).
+
+        Args:
+            prompt: as for `generate`.
+            continuation: a text, encoded as it stands, or token ids. A reply is best given as its own `token_ids`.
+            prefix: as for `generate`.
+
+        Raises:
+            ConfigError: another backend.
+            Error: what `generate` raises.
+        """
+        self._own_loop("score")
+        ids = self._prompt_ids(prompt, prefix)
+        text = isinstance(continuation, str)
+        new = self.tokenizer.encode(continuation) if text else as_ids(continuation, self.info.vocab_size)  # type: ignore[arg-type]
+        if not len(new):
+            raise PromptError("the continuation is empty; give a text or token ids.")
+        self._limits.check_room(GenerationConfig(max_new_tokens=len(new)), len(ids), self.context_length - len(ids))
+        whole = np.concatenate([ids, new])
+        request = Request(whole, self._limits.resolve(_GREEDY, 1, streams=False), ())
+        with self._turn() as engine:
+            logprobs = self._generator.score(engine, request, len(ids), self._still_open)
+        return Score(new.tolist(), logprobs)
+
+    # -- prefixes and saved conversations ----------------------------------------------------------------------------
+
+    def prefill(self, prompt: Prompt, *, on_prefill: OnPrefill | None = None) -> Prefix:
+        """The keys and values of the beginning of prompts, computed now (`backend="infer_request"`).
+
+        Args:
+            prompt: messages, such as a system message, `Raw` text, or token ids; a string is one user message.
+                Messages are laid out without a generation prompt, so that others can follow.
+            on_prefill: told the progress, see `generate`; what it raises is raised here.
+
+        Raises:
+            ConfigError: another backend.
+            Error: what `generate` raises.
+        """
+        self._own_loop("prefill")
+        if isinstance(prompt, str) and not isinstance(prompt, Raw):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_segments(self.tokenizer.template.beginning(prompt))  # type: ignore[arg-type]
+        else:
+            ids = self.encode(prompt)
+        self._limits.check_room(GenerationConfig(), len(ids), self.context_length - len(ids))
+        with self._turn() as engine:
+            value = self._computed(engine, ids, on_prefill)
+            engine.slots.register(value)
+        return Prefix(value, self._identity)
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
+        """A prefix that `Prefix.save` wrote, by a pipeline with the same model (`backend="infer_request"`).
+
+        Everything is checked before it is used. Its keys and values stay in the file until a request needs them.
+
+        Raises:
+            ConfigError: another backend.
+            SnapshotError: no file, damaged, of a newer format, or of another model, tokenizer, layout or release.
+        """
+        engine = self._own_loop("load_prefix")
+        found = read_for(self, path, "prefix")
+        engine.slots.register(found.value)
+        return Prefix(found.value, self._identity)
+
+    def load_chat(self, path: str | os.PathLike[str]) -> Chat:
+        """A conversation that `Chat.save` wrote.
+
+        With `backend="infer_request"` its keys and values come with it, if they are of this OpenVINO release. Otherwise
+        they are computed by the first turn.
+
+        Raises:
+            SnapshotError: no file, damaged, of a newer format, or of another model, tokenizer or layout.
+        """
+        self._engine()
+        return Chat._restored(self, path)
 
     def chat(self, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep") -> Chat:
         """A conversation that keeps the exact token ids of every turn, so that its KV cache is used again.
@@ -196,7 +297,13 @@ class Pipeline:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
         if backend is not None:
-            backend.close()
+            last = Turn()
+            self._turns.join(last)  # behind a prefill, a score or a save in another thread, which ends early
+            try:
+                self._turns.begin(last)
+                backend.close()
+            finally:
+                self._turns.leave(last)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -221,14 +328,26 @@ class Pipeline:
         streams: bool,
         on_end: OnEnd | None = None,
         on_prefill: OnPrefill | None = None,
+        prefix: Prefix | None = None,
+        turns_before: int | None = None,
     ) -> TokenStream:
+        """Begin a reply; `turns_before` is how many turns a chat has had, None for what is not one's."""
         requested = now()
-        self._engine()
+        backend = self._engine()
         if on_prefill is not None and not callable(on_prefill):
             raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
         wanted = self._config(config, options)
-        ids = self.encode(prompt)
-        request = Request(ids, self._resolve(wanted, len(ids), streams=streams), self.info.eos_token_ids)
+        ids = self._prompt_ids(prompt, prefix)
+        resolved = self._limits.resolve(wanted, len(ids), streams=streams)
+        if (why := backend.lacks(resolved)) is not None:
+            raise ConfigError(why)
+        request = Request(
+            ids,
+            resolved,
+            self.info.eos_token_ids,
+            alone=wanted.seed is not None and not turns_before,
+            keep=turns_before is not None,
+        )
         channel = Channel()
         reply = Reply(request, self._generator, self.tokenizer, channel, requested, on_end, on_prefill)
         engine, turns = self._engine, self._turns
@@ -256,84 +375,99 @@ class Pipeline:
             raise TypeError(f"config must be a GenerationConfig, not {type(config).__name__}")
         return config.replace(**options) if options else config
 
-    def _resolve(self, wanted: GenerationConfig, prompt_tokens: int, *, streams: bool) -> GenerationConfig:
-        """Every option filled in and checked against the room that the prompt leaves."""
-        room = self.context_length - prompt_tokens
-        self._check_room(wanted, prompt_tokens, room)
-        resolved = wanted.resolve(self.defaults, room=room, prompt_tokens=prompt_tokens)
-        for name in ("num_beams", "num_return_sequences"):
-            if streams and getattr(resolved, name) > 1:
-                raise ConfigError(
-                    f"{name}={getattr(resolved, name)} cannot be streamed: which reply wins is known at the end only. "
-                    f"Use generate(), or {name}=1."
-                )
-        if resolved._is_search() and wanted.max_new_tokens is None and wanted.max_length is None:
-            most = self._generator.search_room(prompt_tokens, resolved)
-            if most is not None and most < (resolved.max_new_tokens or 0):
-                least = min(resolved.min_new_tokens or 0, most)
-                resolved = resolved.replace(max_new_tokens=most, min_new_tokens=least)
-        wrong = [i for i in resolved.stop_token_ids or () if i >= self.info.vocab_size]
-        if wrong:
-            raise ConfigError(f"stop_token_ids holds {wrong[0]}; ids go from 0 to {self.info.vocab_size - 1}.")
-        return self._before_boundary(wanted, resolved, prompt_tokens)
-
-    def _before_boundary(
-        self, wanted: GenerationConfig, resolved: GenerationConfig, prompt_tokens: int
-    ) -> GenerationConfig:
-        """End a reply at the LongRoPE boundary where an option of it could not be carried across."""
-        room = self._generator.reply_room(prompt_tokens)
-        limit = resolved.max_new_tokens or 0
-        if room is None or limit <= room or (why := self._cannot_cross(resolved)) is None:
-            return resolved
-        if self._generator.assisted_tokens:  # candidates are computed together with the token before them
-            room -= max(self._generator.assisted_tokens, resolved.num_assistant_tokens or 0)
-        if room < 1 or wanted.max_new_tokens is not None or wanted.max_length is not None:
-            raise ConfigError(
-                f"{why} cannot be carried past {self.info.rope_boundary} tokens, where this LongRoPE model is computed "
-                f"afresh: the prompt has {prompt_tokens} tokens and the reply may have {limit}. "
-                + (f"Ask for at most {room} new tokens, or leave the option out." if room > 0 else "Leave it out.")
-            )
-        return resolved.replace(max_new_tokens=room, min_new_tokens=min(resolved.min_new_tokens or 0, room))
-
-    def _cannot_cross(self, config: GenerationConfig) -> str | None:
-        """The option whose state the engine keeps from the reply's first token on, if there is one."""
-        if self._generator.assisted_tokens:
-            return "speculative decoding"
-        for name in ("json_schema", "regex", "grammar"):
-            if getattr(config, name) is not None:
-                return name
-        for name, idle in (
-            ("presence_penalty", 0.0),
-            ("frequency_penalty", 0.0),
-            ("num_beams", 1),
-            ("num_return_sequences", 1),
-        ):
-            if getattr(config, name) != idle:
-                return f"{name}={getattr(config, name)}"
-        return None
-
-    def _check_room(self, wanted: GenerationConfig, prompt_tokens: int, room: int) -> None:
-        if room < 1:
-            problem = f"the prompt has {prompt_tokens} tokens, which leaves no room for a reply"
-        elif (wanted.max_new_tokens or 0) > room:
-            problem = f"the prompt has {prompt_tokens} tokens and max_new_tokens is {wanted.max_new_tokens}"
-        elif (wanted.min_new_tokens or 0) > room:
-            problem = f"the prompt has {prompt_tokens} tokens and min_new_tokens is {wanted.min_new_tokens}"
-        elif wanted.max_length is not None and not prompt_tokens < wanted.max_length <= self.context_length:
-            problem = f"the prompt has {prompt_tokens} tokens and max_length is {wanted.max_length}"
+    def _prompt_ids(self, prompt: Prompt, prefix: Prefix | None) -> NDArray[np.int64]:
+        """The ids of a prompt, behind those of a prefix where one is given."""
+        if prefix is None:
+            return self.encode(prompt)
+        if not isinstance(prefix, Prefix):
+            raise TypeError(f"prefix must be a Prefix, as prefill() and load_prefix() give, not {prefix!r}")
+        check_identity(prefix._identity, self._identity, "this prefix")
+        self._own_loop("prefix=").slots.register(prefix._value)  # it may come from another pipeline with the model
+        before = prefix._value.ids
+        if isinstance(prompt, str) and not isinstance(prompt, Raw):
+            prompt = [{"role": "user", "content": prompt}]
         else:
-            return
-        advice = "Shorten the prompt" + (f", or ask for at most {room} new tokens." if room > 0 else ".")
-        raise self._overflow(problem, prompt_tokens, wanted.max_new_tokens, advice)
+            whole = self.encode(prompt)
+            if np.array_equal(whole[: len(before)], before):
+                return whole
+        if isinstance(prompt[0], Mapping):
+            new = self.tokenizer.encode_segments(self.tokenizer.template.following(prompt))  # type: ignore[arg-type]
+        else:
+            new = self.encode(prompt)
+        return np.concatenate([before, new])
 
-    def _overflow(self, problem: str, prompt_tokens: int, new: int | None, advice: str) -> ContextOverflowError:
-        return ContextOverflowError(
-            f"{problem}; prompt and reply share a context window of {self.context_length} tokens"
-            f"{self._pool.because}. {advice}",
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=new,
-            context_length=self.context_length,
-        )
+    def _computed(self, engine: InferRequestBackend, ids: NDArray[np.int64], on_prefill: OnPrefill | None) -> KVValue:
+        """The keys and values of these ids, computed where they are not there yet. In a turn."""
+
+        def watch(done: int, total: int) -> bool:
+            if on_prefill is not None:
+                on_prefill(done, total)
+            return self._still_open(done, total)
+
+        request = Request(ids, self._limits.resolve(_GREEDY, 1, streams=False), ())
+        self._generator.fill(engine, request, watch)
+        value = engine.slots.value(ids, self._generator.is_past(len(ids)))
+        if len(value.ids) < len(ids):
+            raise GenerationError("the engine no longer has the keys and values that it just computed.")
+        return value
+
+    def _value_of_chat(self, ids: NDArray[np.int64]) -> KVValue:
+        """The keys and values of a conversation that is to be saved: of all its ids but the last, which the next turn
+        computes in any case. None of them where the engine does not give any out.
+        """
+        if not isinstance(self._engine(), InferRequestBackend) or len(ids) < 2:
+            return KVValue(ids[:0], KVTensors("F16", ()))
+        with self._turn() as engine:
+            return self._computed(engine, ids[:-1], None)
+
+    def _adopted(self, found: Snapshot) -> KVValue | None:
+        """What of a saved conversation's keys and values this engine can go on from."""
+        engine = self._engine()
+        usable = found.identity.get("engine") == self._identity["engine"] and len(found.value.ids) > 0
+        if not usable or not isinstance(engine, InferRequestBackend):
+            return None
+        engine.slots.register(found.value)
+        return found.value
+
+    def _own_loop(self, what: str) -> InferRequestBackend:
+        engine = self._engine()
+        if not isinstance(engine, InferRequestBackend):
+            raise ConfigError(f"{what} needs a pipeline loaded with backend='infer_request'.")
+        return engine
+
+    def _still_open(self, *_: int) -> bool:
+        return self._backend is not None
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[InferRequestBackend]:
+        """The engine, for this thread, when it is free; its failures in our words.
+
+        Raises:
+            ClosedError: the pipeline was closed meanwhile.
+            GenerationError: the engine failed.
+        """
+        turn = Turn()
+        self._turns.join(turn)
+        try:
+            self._turns.begin(turn)
+            self._asked = True
+            yield self._own_loop("this")
+        except Cancelled:
+            self._engine()  # says that it was closed
+            raise
+        except (Error, TypeError):
+            raise
+        except RuntimeError as exc:
+            raise GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.") from exc
+        finally:
+            self._turns.leave(turn)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, str]:
+        return identity_of(self.info, self.tokenizer.template)
 
     def _probe_ids(self) -> NDArray[np.int64]:
         return self.encode("Hi")
+
+
+_GREEDY = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.metrics import Metrics
 
-__all__ = ["Alternative", "FinishReason", "GenerationResult", "StreamChunk"]
+__all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"]
+
+_LARGEST_LOG = 709.0  # exp of more is no float64
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a reply ended: an end token or stop string, its length limit, or someone cancelled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model thought of a token before it was chosen: natural logarithms of probabilities, by the model's own
+    logits, before penalties, biases, processors and temperature.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability.
+        top: the likeliest tokens at its place and their log-probabilities, likeliest first; `top_logprobs` of them.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values."""
+        return {"token_id": self.token_id, "logprob": self.logprob, "top": [list(pair) for pair in self.top]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +45,13 @@ class StreamChunk:
         text: text that is whole now; may be empty while a character or a possible stop string is incomplete.
         token_ids: the step's ids, one or several; the last chunk can have text and no ids.
         finish_reason: on the last chunk why the reply ended, on all others None.
+        logprobs: one for each of `token_ids` where `top_logprobs` was given; otherwise empty.
     """
 
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +86,7 @@ class GenerationResult:
         alternatives: with beams or `num_return_sequences`, all replies, this one first; otherwise empty.
         dropped_messages: in a chat with `overflow="drop_oldest"`, the messages that were dropped to make room for this
             turn, oldest first; otherwise empty.
+        logprobs: one for each of `token_ids` where `top_logprobs` was given; otherwise empty.
     """
 
     text: str
@@ -72,6 +98,7 @@ class GenerationResult:
     stop_string: str | None = None
     alternatives: tuple[Alternative, ...] = ()
     dropped_messages: list[dict[str, str]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         return self.text
@@ -84,10 +111,35 @@ class GenerationResult:
             "finish_reason": self.finish_reason,
             "stop_string": self.stop_string,
             "metrics": self.metrics.to_dict(),
-            "config": self.config.given,
+            "config": self.config.to_dict(),
             "alternatives": [
                 {"text": a.text, "token_ids": a.token_ids, "finish_reason": a.finish_reason, "score": a.score}
                 for a in self.alternatives
             ],
             "dropped_messages": self.dropped_messages,
+            "logprobs": [entry.to_dict() for entry in self.logprobs],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the model finds a continuation of a prompt.
+
+    Attributes:
+        token_ids: the continuation's ids.
+        logprobs: the log-probability (natural) of each, given the prompt and all ids before it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation: the sum."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the negative mean log-probability; infinite where the model rules a token out."""
+        mean = -self.total / len(self.logprobs)
+        return math.exp(mean) if mean < _LARGEST_LOG else math.inf

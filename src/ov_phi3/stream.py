@@ -346,9 +346,9 @@ def now() -> float:
 def never_raises(emit: Callable[..., bool], failed: Callable[[BaseException], Any]) -> Callable[..., bool]:
     """An `emit` whose exceptions go to `failed` and stop the engine, instead of crossing into it."""
 
-    def guarded(ids: Any) -> bool:
+    def guarded(ids: Any, logprobs: Any = ()) -> bool:
         try:
-            return emit(ids)
+            return emit(ids, logprobs)
         except BaseException as exc:  # noqa: BLE001 - an exception that leaves a callback aborts the process
             failed(exc)
             return False

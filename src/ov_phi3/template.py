@@ -161,14 +161,28 @@ class ChatTemplate:
             raise TypeError(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")
         if not messages:
             raise TemplateError("messages is empty; a prompt needs at least one message with role 'user'.")
-        out = [Segment(self.bos, True)] if self.bos else []
-        for index, message in enumerate(messages):
-            out += self._turn(index, message)
-        if add_generation_prompt and not self.open_after_user:
-            out += self._layout(self.header.format(role="assistant"))
-        elif not add_generation_prompt and self.eos:
+        out = self.beginning(messages)
+        if add_generation_prompt:
+            out += self._opening()
+        elif self.eos:
             out.append(Segment(self.eos, True))
         return out
+
+    def beginning(self, messages: Sequence[Message]) -> list[Segment]:
+        """The messages alone, with nothing behind them: what every conversation that begins with them begins with.
+
+        Raises:
+            TemplateError: as `segments`.
+        """
+        return ([Segment(self.bos, True)] if self.bos else []) + self._turns(messages)
+
+    def following(self, messages: Sequence[Message]) -> list[Segment]:
+        """Messages that follow on `beginning`, and a generation prompt.
+
+        Raises:
+            TemplateError: as `segments`.
+        """
+        return self._turns(messages) + self._opening()
 
     def continuation(self, message: Message) -> list[Segment]:
         """What follows a reply when the conversation goes on: the reply's end, a further message, a generation prompt.
@@ -176,8 +190,7 @@ class ChatTemplate:
         Raises:
             TemplateError: as `segments`.
         """
-        opening = [] if self.open_after_user else self._layout(self.header.format(role="assistant"))
-        return self._layout(self.end) + self._turn(0, message) + opening
+        return self._layout(self.end) + self.following([message])
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as one string, equal to what the model's own `chat_template` gives.
@@ -189,6 +202,13 @@ class ChatTemplate:
             TemplateError: as `segments`.
         """
         return "".join(s.text for s in self.segments(messages, add_generation_prompt=add_generation_prompt))
+
+    def _opening(self) -> list[Segment]:
+        """The generation prompt."""
+        return [] if self.open_after_user else self._layout(self.header.format(role="assistant"))
+
+    def _turns(self, messages: Sequence[Message]) -> list[Segment]:
+        return [segment for index, message in enumerate(messages) for segment in self._turn(index, message)]
 
     def _turn(self, index: int, message: Message) -> list[Segment]:
         role, content, tools = self._checked(index, message)

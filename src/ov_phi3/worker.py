@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ov_phi3.backends import Backend, EngineReport, Request
+from ov_phi3.backends import Backend, CallbackFailed, EngineReport, Request
 from ov_phi3.decoding import StopMatcher
 from ov_phi3.errors import ConfigError, Error, GenerationError
 from ov_phi3.generator import Cancelled, Generator
 from ov_phi3.metrics import Metrics
-from ov_phi3.results import Alternative, FinishReason, GenerationResult, StreamChunk
+from ov_phi3.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
 from ov_phi3.stream import Channel, never_raises, now
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ def first_sentence(exc: BaseException) -> str:
     said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     text = " ".join(said or lines) or type(exc).__name__
     return text if text.endswith(".") else text + "."
-
-
-class _CallbackFailed(Exception):  # noqa: N818 - what failed is its cause
-    """A callback of the caller's raised."""
 
 
 class Reply:
@@ -75,6 +71,7 @@ class Reply:
         self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
         self._ids: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
         self._stamps: list[float] = []
         self._started: float | None = None
         self._first_text: float | None = None
@@ -91,7 +88,7 @@ class Reply:
             )
         except Error as exc:
             self._end(None, exc)
-        except _CallbackFailed as exc:
+        except CallbackFailed as exc:
             self._end(None, exc.__cause__)
         except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
             error = self._explained(exc)
@@ -137,13 +134,13 @@ class Reply:
             try:
                 self._on_prefill(done, total)
             except BaseException as exc:
-                raise _CallbackFailed from exc
+                raise CallbackFailed from exc
         return not self._channel.cancelled
 
     def _failed(self, exc: BaseException) -> None:
         self._failure = exc
 
-    def _emit(self, ids: Sequence[int]) -> bool:
+    def _emit(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
         """One step of the engine: stamp, decode, hand over. Runs in the engine's thread."""
         if self._channel.cancelled or self._stops.matched is not None or len(self._ids) >= self._limit:
             return False
@@ -159,7 +156,8 @@ class Reply:
             self._texts.append(text)
             if self._first_text is None:
                 self._first_text = now()
-        self._channel.put(StreamChunk(text, step))
+        self._logprobs += logprobs
+        self._channel.put(StreamChunk(text, step, logprobs=list(logprobs)))
         return self._stops.matched is None
 
     def _finish(self, report: EngineReport | None) -> GenerationResult:
@@ -215,6 +213,7 @@ class Reply:
             prompt_token_ids=self._request.ids.tolist(),
             stop_string=self._stops.matched,
             alternatives=alternatives,
+            logprobs=self._logprobs,
         )
 
     # -- several replies at once -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,13 +12,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BACKENDS", "Backend", "Emit", "EngineReport", "Hypothesis", "PrefixCache", "Request"]
+    from ov_phi3.results import TokenLogprob
 
-BACKENDS = ("llm_pipeline",)
+__all__ = ["BACKENDS", "Backend", "CallbackFailed", "Emit", "EngineReport", "Hypothesis", "PrefixCache", "Request"]
+
+BACKENDS = ("llm_pipeline", "infer_request")
 """Names that `load(backend=...)` takes."""
 
-Emit = Callable[[Sequence[int]], bool]
-"""Called by an engine with each step's new ids, one or several; False asks it to stop. Never raises."""
+
+class CallbackFailed(Exception):  # noqa: N818 - what failed is its cause
+    """A callback of the caller's raised; what it raised is the `__cause__`, and is what the caller gets."""
+
+
+class Emit(Protocol):
+    """Called by an engine with each step's new ids, one or several, and where they were asked for their
+    log-probabilities; False asks it to stop. Never raises.
+    """
+
+    def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +41,17 @@ class Request:
         config: fully resolved.
         end_ids: ids that end the reply.
         past_boundary: the sequence is past the LongRoPE boundary, so that no keys of a shorter one may serve it.
+        alone: take nothing from what earlier requests left in the cache, so that the arithmetic is the same whatever
+            ran before; for an engine whose cache is known token by token.
+        keep: the conversation may go on, so that what is cached of it is worth keeping whole.
     """
 
     ids: NDArray[np.int64]
     config: GenerationConfig
     end_ids: tuple[int, ...]
     past_boundary: bool = False
+    alone: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,10 @@ class Backend(Protocol):
     @property
     def prefix_cache(self) -> PrefixCache | None:
         """Its prefix cache; None where it has none, or one whose rules are not known."""
+        ...
+
+    def lacks(self, config: GenerationConfig) -> str | None:
+        """What in a config this engine cannot do, as a sentence with what to do; None where it can all of it."""
         ...
 
     def caches(self, request: Request) -> bool:

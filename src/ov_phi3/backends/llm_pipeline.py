@@ -106,6 +106,11 @@ class LLMPipelineBackend:
             return None
         return PrefixCache(self._block_size, int(self._properties["scheduler_config"].num_kv_blocks))
 
+    def lacks(self, config: GenerationConfig) -> str | None:
+        """What only a loop of our own can do."""
+        own = config.own_loop()
+        return None if own is None else f"{own} needs a pipeline loaded with backend='infer_request'."
+
     def caches(self, request: Request) -> bool:
         """Whether the prefix cache serves this request."""
         return self._caches and not self._needs_plain_ids(request)

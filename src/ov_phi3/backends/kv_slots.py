@@ -1,0 +1,239 @@
+"""Where sequences live in an engine of our own: slots, each an infer request with the state of one sequence.
+
+What is in a slot is known id by id. A request goes on in the slot that begins as it does, if the whole of that slot is
+the beginning of the request: then nothing is copied. Otherwise the common part is copied to a slot of its own, or,
+where nobody will want the rest, cut out in place. Values (`KVValue`), read from a file or out of a slot, are a third
+place to begin from.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.kv_tensors import KVTensors, KVValue, read_state, write_state
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.backends import Request
+
+__all__ = ["KVSlots", "Slot"]
+
+_MOST_SLOTS = 16
+_WORTH_COPYING = 16  # tokens: reading a state and writing it back takes about as long as computing this many
+_LOOK_EVERY = 64  # tokens of a reply between two looks at how full the slots are
+
+
+class Slot:
+    """One sequence in the engine.
+
+    Attributes:
+        request: the infer request that holds its state.
+        past: whether its keys were rotated with the long factors of LongRoPE.
+        keep: whether its conversation may go on, so that it is not cut for another.
+        used: when it was last used.
+        busy: whether a pass is running, after a failure of which its state is not known.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.past = False
+        self.keep = False
+        self.used = 0
+        self.busy = False
+        self._ids = np.empty(64, dtype=np.int64)
+        self._length = 0
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """What it holds, as a view."""
+        return self._ids[: self._length]
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+        return self._length
+
+    def append(self, ids: NDArray[np.int64]) -> None:
+        """Note that the engine has computed these."""
+        needed = self._length + len(ids)
+        if needed > len(self._ids):
+            self._ids = np.concatenate([self.ids, np.empty(max(needed, 2 * self._length), dtype=np.int64)])
+        self._ids[self._length : needed] = ids
+        self._length = needed
+
+    def hold(self, ids: NDArray[np.int64]) -> None:
+        """Note that it now holds these and no others."""
+        self._length = 0
+        self.append(ids)
+
+
+class KVSlots:
+    """The slots of one engine. Keeps books by the token, with the methods that `Generator` asks of a ledger.
+
+    Args:
+        make: makes an infer request.
+        capacity: tokens that all slots together may hold.
+        candidates: types to try when a state is read, see `read_state`.
+    """
+
+    block_size = 1
+    grows = True
+
+    def __init__(self, make: Callable[[], Any], capacity: int, candidates: Sequence[str]) -> None:
+        self._capacity = capacity
+        self._make = make
+        self._candidates = tuple(candidates)
+        self._slots: list[Slot] = []
+        self._values: weakref.WeakSet[KVValue] = weakref.WeakSet()
+        self._clock = 0
+        self._lock = threading.RLock()
+
+    # -- the ledger's part -------------------------------------------------------------------------------------------
+
+    def find(self, ids: NDArray[np.int64], salt: bytes = b"", *, alone: bool = False) -> int:
+        """Tokens of a prompt that it would find, its last one left out; `salt` means past the LongRoPE boundary."""
+        with self._lock:
+            _, in_slot, _, in_value = self._best(ids, bool(salt), alone=alone)
+        return max(in_slot, in_value)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that all slots together may hold."""
+        return self._capacity
+
+    def record(self, *_: object, **__: object) -> None:
+        """Nothing: the slots keep their own books."""
+
+    def forget(self) -> None:
+        """Give up the slots in which a pass was running when the engine failed."""
+        with self._lock:
+            self._slots = [slot for slot in self._slots if not slot.busy]
+
+    # -- sequences ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free all of them."""
+        with self._lock:
+            self._slots.clear()
+
+    def register(self, value: KVValue) -> None:
+        """Let requests begin from a value for as long as somebody holds it."""
+        with self._lock:
+            self._values.add(value)
+
+    def begin(self, request: Request) -> Slot:
+        """A slot that holds the beginning of a request's ids, as much of it as there is, but never all."""
+        ids, past = request.ids, request.past_boundary
+        with self._lock:
+            slot, in_slot, value, in_value = self._best(ids, past, alone=request.alone)
+            self._clock += 1
+            whole = slot is not None and in_slot == slot.length
+            if value is not None and (in_value > in_slot or (in_value == in_slot and not whole)):
+                found = self._written(value.tensors, in_value, len(ids))
+                found.hold(ids[:in_value])
+            elif slot is None:
+                found = self._vacant(len(ids))
+            elif whole:
+                found = slot
+            else:
+                found = self._cut(slot, in_slot, len(ids))
+            found.past, found.keep, found.used = past, request.keep, self._clock
+            return found
+
+    def extend(self, slot: Slot, ids: NDArray[np.int64]) -> None:
+        """Note that a slot's sequence has grown."""
+        with self._lock:
+            slot.append(ids)
+            if len(ids) > 1 or slot.length % _LOOK_EVERY == 0:
+                self._make_room(0, slot)
+
+    def value(self, ids: NDArray[np.int64], past: bool) -> KVValue:
+        """The keys and values of the first of these ids, as many as there are in one place."""
+        with self._lock:
+            following = np.append(ids, -1)
+            slot, in_slot, value, in_value = self._best(following, past, least=1)
+            if value is not None and in_value >= in_slot:
+                return KVValue(ids[:in_value].copy(), value.tensors.first(in_value), past)
+            if slot is None:
+                return KVValue(ids[:0].copy(), KVTensors("F16", ()), past)
+            tensors = read_state(slot.request.query_state(), in_slot, self._candidates)
+            return KVValue(ids[:in_slot].copy(), tensors, past)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _best(
+        self, ids: NDArray[np.int64], past: bool, *, alone: bool = False, least: int = _WORTH_COPYING
+    ) -> tuple[Slot | None, int, KVValue | None, int]:
+        """The slot and the value that begin most like a prompt, and how many tokens long.
+
+        With `alone` there are no slots, and only values that the prompt begins with as a whole, as those that somebody
+        holds on purpose.
+        """
+        limit = len(ids) - 1
+        best, in_slot = None, 0
+        for slot in () if alone else self._slots:
+            common = 0 if slot.past != past or slot.busy else min(_common(slot.ids, ids), limit)
+            # A slot that goes on in another way must be copied, which has to be worth it.
+            whole = common == slot.length
+            if common and (whole or common >= least) and (common > in_slot or (common == in_slot and whole)):
+                best, in_slot = slot, common
+        found, in_value = None, 0
+        for value in self._values:
+            common = min(_common(value.ids, ids), limit) if value.past_boundary == past else 0
+            if common > in_value and (common >= len(value.ids) - 1 or (common >= least and not alone)):
+                found, in_value = value, common
+        return best, in_slot, found, in_value
+
+    def _cut(self, slot: Slot, tokens: int, expected: int) -> Slot:
+        """A slot with the first tokens of another one."""
+        tensors = read_state(slot.request.query_state(), tokens, self._candidates)
+        ids = slot.ids[:tokens].copy()
+        found = self._written(tensors, tokens, expected, None if slot.keep else slot)
+        found.hold(ids)
+        return found
+
+    def _written(self, tensors: KVTensors, tokens: int, expected: int, place: Slot | None = None) -> Slot:
+        """A slot with these tensors in it."""
+        slot = place or self._vacant(expected)
+        slot.busy = True
+        write_state(slot.request.query_state(), tensors, tokens)
+        slot.busy = False
+        return slot
+
+    def _vacant(self, expected: int) -> Slot:
+        """An empty slot."""
+        taken = self._make_room(expected)
+        slot = taken or Slot(self._make())
+        slot.request.reset_state()
+        slot.hold(np.empty(0, dtype=np.int64))
+        if taken is None:
+            self._slots.append(slot)
+        return slot
+
+    def _make_room(self, expected: int, running: Slot | None = None) -> Slot | None:
+        """Empty the slots that were used least recently until there is room; returns one of them to use again."""
+        free: Slot | None = None
+        while True:
+            others = [slot for slot in self._slots if slot is not running and slot is not free]
+            full = sum(slot.length for slot in self._slots if slot is not free) + expected > self._capacity
+            many = expected and free is None and len(self._slots) >= _MOST_SLOTS
+            if not others or not (full or many):
+                return free
+            oldest = min(others, key=lambda slot: slot.used)
+            if free is None and expected:
+                free = oldest
+            else:
+                self._slots.remove(oldest)
+
+
+def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many ids two sequences begin with in common."""
+    length = min(len(one), len(other))
+    different = one[:length] != other[:length]
+    return int(different.argmax()) if different.any() else length
