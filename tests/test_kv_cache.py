@@ -208,7 +208,7 @@ import ov_phi3
 from ov_phi3.kv_pool import KVPool
 
 path, blocks, properties = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-from ov_phi3 import loading
+from ov_phi3 import engines
 real = loading.plan
 
 def plan(*args, **options):
@@ -304,16 +304,16 @@ class TestOnTheEngine:
 
     def test_without_paged_attention(self, demo_int4: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A device that does not take it runs without, and says so."""
-        from ov_phi3 import loading
+        from ov_phi3 import engines
 
-        real = loading.LLMPipelineBackend
+        real = engines.LLMPipelineBackend
 
         def refuses(model: Path, device: str, properties: dict[str, Any], **options: Any) -> Any:
             if "scheduler_config" in properties:
                 raise RuntimeError("Paged attention is not supported here")
             return real(model, device, properties, **options)
 
-        monkeypatch.setattr(loading, "LLMPipelineBackend", refuses)
+        monkeypatch.setattr(engines, "LLMPipelineBackend", refuses)
         with pytest.warns(ModelWarning, match="did not take paged attention.*Paged attention is not supported here"):
             pipe = ov_phi3.load(demo_int4, device=device)
         with pipe:

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from ov_phi3.metrics import Metrics
     from ov_phi3.model_info import ModelInfo
     from ov_phi3.pipeline import Pipeline
+    from ov_phi3.prefix import Prefix
     from ov_phi3.report import ChatTurn, Measurement, Report
-    from ov_phi3.results import Alternative, GenerationResult, StreamChunk
+    from ov_phi3.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
     from ov_phi3.roofline import Roofline
     from ov_phi3.stream import TokenStream
     from ov_phi3.summary import Summary
@@ -74,8 +75,9 @@ _HOMES = {
     "metrics": ("Metrics",),
     "model_info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
+    "prefix": ("Prefix",),
     "report": ("ChatTurn", "Measurement", "Report"),
-    "results": ("Alternative", "GenerationResult", "StreamChunk"),
+    "results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
     "roofline": ("Roofline",),
     "stream": ("TokenStream",),
     "summary": ("Summary",),
@@ -111,17 +113,20 @@ __all__ = [
     "ModelInfo",
     "ModelWarning",
     "Pipeline",
+    "Prefix",
     "PrefixCache",
     "PromptError",
     "Raw",
     "Report",
     "Request",
     "Roofline",
+    "Score",
     "SnapshotError",
     "StreamChunk",
     "StreamError",
     "Summary",
     "TemplateError",
+    "TokenLogprob",
     "TokenStream",
     "Tokenizer",
     "__version__",

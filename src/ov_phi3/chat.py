@@ -9,19 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3 import snapshot
-from ov_phi3.errors import ConfigError, SnapshotError, StreamError, did_you_mean
+from ov_phi3.chat_snapshot import written
+from ov_phi3.errors import ConfigError, StreamError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.kv_cache import KVUsage
-from ov_phi3.prefix import read_for
 from ov_phi3.results import GenerationResult
-from ov_phi3.tokenizer import as_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from ov_phi3.tokenizer import Tokenizer
     from ov_phi3.worker import OnPrefill
 
-__all__ = ["Chat"]
+__all__ = ["Chat", "Exchange"]
 
 _OVERFLOW = ("error", "drop_oldest")
 _ON_CANCEL = ("keep", "drop")
@@ -44,7 +42,7 @@ _log = logging.getLogger("ov_phi3")
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class Exchange:
     """One turn that has ended: what was said, and the reply's ids as they were generated."""
 
     user: dict[str, str]
@@ -53,6 +51,7 @@ class _Turn:
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """The two messages, as copies."""
         return [dict(self.user), dict(self.assistant)]
 
 
@@ -61,7 +60,7 @@ class _State:
     """A conversation between two turns. Never changed, so that a fork shares it and a failed turn leaves it."""
 
     system: dict[str, str] | None
-    turns: tuple[_Turn, ...] = ()
+    turns: tuple[Exchange, ...] = ()
     ids: tuple[int, ...] = ()
     reused: int = 0
     dropped: int = 0
@@ -240,53 +239,7 @@ class Chat:
         os.fspath(path)
         with self._turn:
             self._await_turn_before()
-            state, pipeline = self._now(), self._pipeline
-            ids = np.array(state.ids, dtype=np.int64)
-            value = pipeline._value_of_chat(ids)
-            conversation = {
-                "system": None if state.system is None else state.system["content"],
-                "turns": [[t.user["content"], t.assistant["content"], list(t.reply)] for t in state.turns],
-                "overflow": self.overflow,
-                "on_cancel": self.on_cancel,
-                "dropped": state.dropped,
-            }
-            return snapshot.write(path, snapshot.Snapshot("chat", pipeline._identity, ids, value, conversation))
-
-    @classmethod
-    def _restored(cls, pipeline: Pipeline, path: str | os.PathLike[str]) -> Chat:
-        """A conversation from a file."""
-        found = read_for(pipeline, path, "chat", engine=False)
-        try:
-            chat = cls._from_conversation(pipeline, found.conversation or {})
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not one of this layout.") from exc
-        if list(chat._state.ids) != found.ids.tolist():
-            raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
-        chat._kv = pipeline._adopted(found)
-        return chat
-
-    @classmethod
-    def _from_conversation(cls, pipeline: Pipeline, conversation: Mapping[str, Any]) -> Chat:
-        chat = cls(
-            pipeline,
-            system=conversation["system"],
-            overflow=conversation["overflow"],
-            on_cancel=conversation["on_cancel"],
-        )
-        turns = tuple(
-            _Turn(
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": assistant},
-                tuple(as_ids(reply, pipeline.info.vocab_size).tolist()),
-            )
-            for user, assistant, reply in conversation["turns"]
-        )
-        if not all(isinstance(m["content"], str) and turn.reply for turn in turns for m in turn.messages):
-            raise TypeError("a message is a text, and a reply has ids")
-        state = chat._now()
-        ids = chat._laid_out(state.head, turns)
-        chat._set(replace(state, turns=turns, ids=ids, dropped=int(conversation["dropped"])))
-        return chat
+            return written(path, self)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +263,7 @@ class Chat:
     def _end(
         self,
         state: _State,
-        gone: Sequence[_Turn],
+        gone: Sequence[Exchange],
         message: dict[str, str],
         result: GenerationResult | None,
         *,
@@ -321,7 +274,7 @@ class Chat:
         """
         if result is None or not result.token_ids or (result.finish_reason == "cancelled" and not keep):
             return result
-        turn = _Turn(message, {"role": "assistant", "content": result.text}, tuple(result.token_ids))
+        turn = Exchange(message, {"role": "assistant", "content": result.text}, tuple(result.token_ids))
         ids = (*result.prompt_token_ids, *result.token_ids)
         reused = result.metrics.reused_tokens or 0
         dropped = state.dropped + len(gone)
@@ -335,7 +288,7 @@ class Chat:
     def _tokenizer(self) -> Tokenizer:
         return self._pipeline.tokenizer
 
-    def _laid_out(self, head: Sequence[dict[str, str]], turns: Sequence[_Turn]) -> tuple[int, ...]:
+    def _laid_out(self, head: Sequence[dict[str, str]], turns: Sequence[Exchange]) -> tuple[int, ...]:
         """The ids of a conversation that ends with a reply; () for one that has not begun."""
         ids: list[int] = []
         for turn in turns:
@@ -356,7 +309,7 @@ class Chat:
 
     def _fitting(
         self, message: dict[str, str], wanted: GenerationConfig
-    ) -> tuple[_State, NDArray[np.int64], tuple[_Turn, ...]]:
+    ) -> tuple[_State, NDArray[np.int64], tuple[Exchange, ...]]:
         """The conversation that a new message goes on from, the prompt, and the turns that go."""
         state = self._now()
         prompt = self._with_message(state.head, state.ids, message)

@@ -278,7 +278,7 @@ class _Counted:
 
     def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
         self.ids += ids
-        if not self._emit(ids, logprobs):
+        if not (self._emit(ids, logprobs) if logprobs else self._emit(ids)):
             self.stopped = True
         return not self.stopped
 

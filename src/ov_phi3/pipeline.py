@@ -17,15 +17,15 @@ import numpy as np
 from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.chat import Chat
+from ov_phi3.chat_snapshot import restored
 from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.generator import Cancelled, Generator
-from ov_phi3.identity import check_identity, identity_of
+from ov_phi3.identity import identity_of
 from ov_phi3.kv_cache import KVLayout
 from ov_phi3.kv_pool import KVPool
-from ov_phi3.kv_tensors import KVTensors, KVValue
 from ov_phi3.limits import Limits
-from ov_phi3.prefix import Prefix, read_for
+from ov_phi3.prefix import Prefix, loaded_prefix, prefilled, prompt_ids, score
 from ov_phi3.results import GenerationResult, Score
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ov_phi3.device import DeviceInfo
     from ov_phi3.loading import LoadReport
     from ov_phi3.model_info import ModelInfo
-    from ov_phi3.snapshot import Snapshot
 
     Prompt: TypeAlias = str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
 
@@ -157,18 +156,7 @@ class Pipeline:
             ConfigError: another backend.
             Error: what `generate` raises.
         """
-        self._own_loop("score")
-        ids = self._prompt_ids(prompt, prefix)
-        text = isinstance(continuation, str)
-        new = self.tokenizer.encode(continuation) if text else as_ids(continuation, self.info.vocab_size)  # type: ignore[arg-type]
-        if not len(new):
-            raise PromptError("the continuation is empty; give a text or token ids.")
-        self._limits.check_room(GenerationConfig(max_new_tokens=len(new)), len(ids), self.context_length - len(ids))
-        whole = np.concatenate([ids, new])
-        request = Request(whole, self._limits.resolve(_GREEDY, 1, streams=False), ())
-        with self._turn() as engine:
-            logprobs = self._generator.score(engine, request, len(ids), self._still_open)
-        return Score(new.tolist(), logprobs)
+        return score(self, prompt, continuation, prefix)
 
     # -- prefixes and saved conversations ----------------------------------------------------------------------------
 
@@ -184,18 +172,7 @@ class Pipeline:
             ConfigError: another backend.
             Error: what `generate` raises.
         """
-        self._own_loop("prefill")
-        if isinstance(prompt, str) and not isinstance(prompt, Raw):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_segments(self.tokenizer.template.beginning(prompt))  # type: ignore[arg-type]
-        else:
-            ids = self.encode(prompt)
-        self._limits.check_room(GenerationConfig(), len(ids), self.context_length - len(ids))
-        with self._turn() as engine:
-            value = self._computed(engine, ids, on_prefill)
-            engine.slots.register(value)
-        return Prefix(value, self._identity)
+        return prefilled(self, prompt, on_prefill)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> Prefix:
         """A prefix that `Prefix.save` wrote, by a pipeline with the same model (`backend="infer_request"`).
@@ -206,10 +183,7 @@ class Pipeline:
             ConfigError: another backend.
             SnapshotError: no file, damaged, of a newer format, or of another model, tokenizer, layout or release.
         """
-        engine = self._own_loop("load_prefix")
-        found = read_for(self, path, "prefix")
-        engine.slots.register(found.value)
-        return Prefix(found.value, self._identity)
+        return loaded_prefix(self, path)
 
     def load_chat(self, path: str | os.PathLike[str]) -> Chat:
         """A conversation that `Chat.save` wrote.
@@ -221,7 +195,7 @@ class Pipeline:
             SnapshotError: no file, damaged, of a newer format, or of another model, tokenizer or layout.
         """
         self._engine()
-        return Chat._restored(self, path)
+        return restored(self, path)
 
     def chat(self, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep") -> Chat:
         """A conversation that keeps the exact token ids of every turn, so that its KV cache is used again.
@@ -337,7 +311,7 @@ class Pipeline:
         if on_prefill is not None and not callable(on_prefill):
             raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
         wanted = self._config(config, options)
-        ids = self._prompt_ids(prompt, prefix)
+        ids = prompt_ids(self, prompt, prefix)
         resolved = self._limits.resolve(wanted, len(ids), streams=streams)
         if (why := backend.lacks(resolved)) is not None:
             raise ConfigError(why)
@@ -374,60 +348,6 @@ class Pipeline:
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"config must be a GenerationConfig, not {type(config).__name__}")
         return config.replace(**options) if options else config
-
-    def _prompt_ids(self, prompt: Prompt, prefix: Prefix | None) -> NDArray[np.int64]:
-        """The ids of a prompt, behind those of a prefix where one is given."""
-        if prefix is None:
-            return self.encode(prompt)
-        if not isinstance(prefix, Prefix):
-            raise TypeError(f"prefix must be a Prefix, as prefill() and load_prefix() give, not {prefix!r}")
-        check_identity(prefix._identity, self._identity, "this prefix")
-        self._own_loop("prefix=").slots.register(prefix._value)  # it may come from another pipeline with the model
-        before = prefix._value.ids
-        if isinstance(prompt, str) and not isinstance(prompt, Raw):
-            prompt = [{"role": "user", "content": prompt}]
-        else:
-            whole = self.encode(prompt)
-            if np.array_equal(whole[: len(before)], before):
-                return whole
-        if isinstance(prompt[0], Mapping):
-            new = self.tokenizer.encode_segments(self.tokenizer.template.following(prompt))  # type: ignore[arg-type]
-        else:
-            new = self.encode(prompt)
-        return np.concatenate([before, new])
-
-    def _computed(self, engine: InferRequestBackend, ids: NDArray[np.int64], on_prefill: OnPrefill | None) -> KVValue:
-        """The keys and values of these ids, computed where they are not there yet. In a turn."""
-
-        def watch(done: int, total: int) -> bool:
-            if on_prefill is not None:
-                on_prefill(done, total)
-            return self._still_open(done, total)
-
-        request = Request(ids, self._limits.resolve(_GREEDY, 1, streams=False), ())
-        self._generator.fill(engine, request, watch)
-        value = engine.slots.value(ids, self._generator.is_past(len(ids)))
-        if len(value.ids) < len(ids):
-            raise GenerationError("the engine no longer has the keys and values that it just computed.")
-        return value
-
-    def _value_of_chat(self, ids: NDArray[np.int64]) -> KVValue:
-        """The keys and values of a conversation that is to be saved: of all its ids but the last, which the next turn
-        computes in any case. None of them where the engine does not give any out.
-        """
-        if not isinstance(self._engine(), InferRequestBackend) or len(ids) < 2:
-            return KVValue(ids[:0], KVTensors("F16", ()))
-        with self._turn() as engine:
-            return self._computed(engine, ids[:-1], None)
-
-    def _adopted(self, found: Snapshot) -> KVValue | None:
-        """What of a saved conversation's keys and values this engine can go on from."""
-        engine = self._engine()
-        usable = found.identity.get("engine") == self._identity["engine"] and len(found.value.ids) > 0
-        if not usable or not isinstance(engine, InferRequestBackend):
-            return None
-        engine.slots.register(found.value)
-        return found.value
 
     def _own_loop(self, what: str) -> InferRequestBackend:
         engine = self._engine()
@@ -468,6 +388,3 @@ class Pipeline:
 
     def _probe_ids(self) -> NDArray[np.int64]:
         return self.encode("Hi")
-
-
-_GREEDY = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)

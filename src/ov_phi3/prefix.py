@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ov_phi3 import snapshot
-from ov_phi3.errors import SnapshotError
+from ov_phi3.backends import Request
+from ov_phi3.errors import GenerationError, PromptError, SnapshotError
+from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.identity import check_identity
+from ov_phi3.kv_tensors import KVValue
+from ov_phi3.results import Score
+from ov_phi3.template import Message, Raw
+from ov_phi3.tokenizer import as_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
-    from ov_phi3.kv_tensors import KVValue
-    from ov_phi3.pipeline import Pipeline
+    from ov_phi3.backends.infer_request import InferRequestBackend
+    from ov_phi3.pipeline import Pipeline, Prompt
+    from ov_phi3.worker import OnPrefill
 
-__all__ = ["Prefix"]
+__all__ = ["Prefix", "computed", "loaded_prefix", "prefilled", "prompt_ids", "read_for", "score"]
+
+_GREEDY = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
 
 
 class Prefix:
@@ -75,8 +84,6 @@ def read_for(pipeline: Pipeline, path: str | os.PathLike[str], kind: str, *, eng
         SnapshotError: it is not.
         TypeError: `path` is not a path.
     """
-    from ov_phi3.identity import check_identity
-
     found = snapshot.read(path)
     where, info = os.fspath(path), pipeline.info
     if found.kind != kind:
@@ -97,3 +104,92 @@ def read_for(pipeline: Pipeline, path: str | os.PathLike[str], kind: str, *, eng
             f"{pipeline.context_length}. Load the model with a longer context_length."
         )
     return found
+
+
+def prefilled(pipeline: Pipeline, prompt: Prompt, on_prefill: OnPrefill | None) -> Prefix:
+    """`Pipeline.prefill`."""
+    pipeline._own_loop("prefill")
+    tokenizer = pipeline.tokenizer
+    messages = _as_messages(prompt)
+    if messages is None:
+        ids = pipeline.encode(prompt)
+    else:
+        ids = tokenizer.encode_segments(tokenizer.template.beginning(messages))
+    pipeline._limits.check_room(GenerationConfig(), len(ids), pipeline.context_length - len(ids))
+    with pipeline._turn() as engine:
+        value = computed(pipeline, engine, ids, on_prefill)
+        engine.slots.register(value)
+    return Prefix(value, pipeline._identity)
+
+
+def loaded_prefix(pipeline: Pipeline, path: str | os.PathLike[str]) -> Prefix:
+    """`Pipeline.load_prefix`."""
+    engine = pipeline._own_loop("load_prefix")
+    found = read_for(pipeline, path, "prefix")
+    engine.slots.register(found.value)
+    return Prefix(found.value, pipeline._identity)
+
+
+def prompt_ids(pipeline: Pipeline, prompt: Prompt, prefix: Prefix | None) -> NDArray[np.int64]:
+    """The ids of a prompt, behind those of a prefix where one is given."""
+    if prefix is None:
+        return pipeline.encode(prompt)
+    if not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix must be a Prefix, as prefill() and load_prefix() give, not {prefix!r}")
+    check_identity(prefix._identity, pipeline._identity, "this prefix")
+    pipeline._own_loop("prefix=").slots.register(prefix._value)  # it may come from another pipeline with the model
+    before = prefix._value.ids
+    plain = isinstance(prompt, str) and not isinstance(prompt, Raw)
+    if not plain:
+        whole = pipeline.encode(prompt)
+        if np.array_equal(whole[: len(before)], before):
+            return whole
+    messages = _as_messages(prompt)
+    tokenizer = pipeline.tokenizer
+    new = whole if messages is None else tokenizer.encode_segments(tokenizer.template.following(messages))
+    return np.concatenate([before, new])
+
+
+def _as_messages(prompt: Prompt) -> Sequence[Message] | None:
+    """The messages that a prompt is, or None for `Raw` text and ids."""
+    if isinstance(prompt, str):
+        return None if isinstance(prompt, Raw) else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+        return prompt  # type: ignore[return-value]
+    return None
+
+
+def score(
+    pipeline: Pipeline, prompt: Prompt, continuation: str | Sequence[int] | NDArray[Any], prefix: Prefix | None
+) -> Score:
+    """`Pipeline.score`."""
+    pipeline._own_loop("score")
+    limits, vocabulary = pipeline._limits, pipeline.info.vocab_size
+    ids = prompt_ids(pipeline, prompt, prefix)
+    as_text = isinstance(continuation, str)
+    new = pipeline.tokenizer.encode(continuation) if as_text else as_ids(continuation, vocabulary)  # type: ignore[arg-type]
+    if not len(new):
+        raise PromptError("the continuation is empty; give a text or token ids.")
+    limits.check_room(GenerationConfig(max_new_tokens=len(new)), len(ids), pipeline.context_length - len(ids))
+    request = Request(np.concatenate([ids, new]), limits.resolve(_GREEDY, 1, streams=False), ())
+    with pipeline._turn() as engine:
+        logprobs = pipeline._generator.score(engine, request, len(ids), pipeline._still_open)
+    return Score(new.tolist(), logprobs)
+
+
+def computed(
+    pipeline: Pipeline, engine: InferRequestBackend, ids: NDArray[np.int64], on_prefill: OnPrefill | None = None
+) -> KVValue:
+    """The keys and values of these ids, computed where they are not there yet. To be called in a turn."""
+
+    def watch(done: int, total: int) -> bool:
+        if on_prefill is not None:
+            on_prefill(done, total)
+        return pipeline._still_open()
+
+    generator = pipeline._generator
+    generator.fill(engine, Request(ids, pipeline._limits.resolve(_GREEDY, 1, streams=False), ()), watch)
+    value = engine.slots.value(ids, generator.is_past(len(ids)))
+    if len(value.ids) < len(ids):
+        raise GenerationError("the engine no longer has the keys and values that it just computed.")
+    return value

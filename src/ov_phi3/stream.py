@@ -348,7 +348,7 @@ def never_raises(emit: Callable[..., bool], failed: Callable[[BaseException], An
 
     def guarded(ids: Any, logprobs: Any = ()) -> bool:
         try:
-            return emit(ids, logprobs)
+            return emit(ids, logprobs) if logprobs else emit(ids)
         except BaseException as exc:  # noqa: BLE001 - an exception that leaves a callback aborts the process
             failed(exc)
             return False

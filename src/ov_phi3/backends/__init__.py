@@ -29,7 +29,7 @@ class Emit(Protocol):
     log-probabilities; False asks it to stop. Never raises.
     """
 
-    def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool: ...  # noqa: D102
+    def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = (), /) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -167,7 +167,7 @@ class InferRequestBackend:
             first = first if made else last
             made.append(token)
             logprob = sampler.logprobs(logits, token)
-            going = emit([token], () if logprob is None else (logprob,))
+            going = emit([token]) if logprob is None else emit([token], (logprob,))
             if token in ends or len(made) >= limit or not going:
                 break
             logits = self._step(slot, token)
@@ -251,7 +251,8 @@ class InferRequestBackend:
         self._at[0, 0] = slot.length
         logits = self._infer(slot, self._step_tensors, slot.length + 1, self._first_row)
         self.slots.extend(slot, self._one[0])
-        return logits[-1]
+        last: NDArray[np.float32] = logits[-1]
+        return last
 
     def _infer(self, slot: Slot, tensors: Mapping[str, Any], total: int, rows: Any) -> NDArray[np.float32]:
         request = slot.request
@@ -266,7 +267,10 @@ class InferRequestBackend:
         slot.busy = True
         request.infer()
         slot.busy = False
-        return np.asarray(request.get_tensor("logits").data[0], dtype=np.float32)
+        logits = request.get_tensor("logits").data[0]
+        if logits.dtype != np.float32:  # a device that computes in float16
+            logits = logits.astype(np.float32)
+        return cast("NDArray[np.float32]", logits)
 
 
 class _Sample:

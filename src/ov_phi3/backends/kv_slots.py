@@ -135,7 +135,9 @@ class KVSlots:
             self._clock += 1
             whole = slot is not None and in_slot == slot.length
             if value is not None and (in_value > in_slot or (in_value == in_slot and not whole)):
-                found = self._written(value.tensors, in_value, len(ids))
+                # Over the last sequence that began from it, where nobody wants that: its memory is warm.
+                place = slot if slot is not None and in_slot == in_value and not slot.keep else None
+                found = self._written(value.tensors, in_value, len(ids), place)
                 found.hold(ids[:in_value])
             elif slot is None:
                 found = self._vacant(len(ids))
