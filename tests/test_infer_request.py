@@ -270,18 +270,14 @@ class TestPrefix:
         ids = np.random.default_rng(8).integers(300, 31_000, 2 * boundary).tolist()
         with ov_phi3.load(longrope[0], device=device, backend="infer_request") as pipe:
             for begin, length, same_side in (
-                (boundary - 20, boundary - 10, True),
                 (boundary - 20, boundary + 5, False),
+                (boundary - 20, boundary - 10, True),
                 (boundary + 20, boundary + 30, True),
-                (boundary + 20, boundary - 5, True),  # from the shorter prefix, which is still held
             ):
                 prefix = pipe.prefill(ids[:begin])
-                if begin < boundary:
-                    short = prefix
                 reply = pipe.generate(ids[:length], prefix=prefix, ignore_eos=True, **GREEDY)
                 assert reference.differences(ids[:length], reply.token_ids) == []
                 assert bool(reply.metrics.reused_tokens) == same_side
-            assert len(short) == boundary - 20
 
     def test_refusals(self, loop: Pipeline, tiny_loop: Pipeline, pipe: Pipeline) -> None:
         prefix = tiny_loop.prefill(list(range(300, 320)))
