@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ov_phi3.backends import BACKENDS
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
@@ -104,6 +106,12 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         default="AUTO",
         help="AUTO (a discrete GPU, else any GPU, else the CPU) or exactly one, such as GPU.0 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="llm_pipeline (openvino_genai.LLMPipeline), or infer_request: our own loop, which has saved KV caches, "
+        "logit bias and log-probabilities (default: llm_pipeline, or infer_request for an option that needs it)",
+    )
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
     parser.add_argument("--kv-cache-gb", type=float, metavar="GIB", help="most memory for the KV cache")
     parser.add_argument(
@@ -131,8 +139,8 @@ def properties(pairs: list[str]) -> dict[str, Any]:
     return out
 
 
-def load(args: argparse.Namespace) -> Pipeline:
-    """Load the model, telling which device it went to."""
+def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
+    """Load the model, telling which device it went to; on `backend`, unless another was asked for."""
     import ov_phi3
 
     with warnings.catch_warnings(record=True) as caught, status_line() as tell:
@@ -141,6 +149,7 @@ def load(args: argparse.Namespace) -> Pipeline:
         pipe = ov_phi3.load(
             args.model,
             args.device,
+            backend=args.backend or backend,
             ov_config=properties(args.ov_config) or None,
             context_length=args.context_length,
             kv_cache_gb=args.kv_cache_gb,

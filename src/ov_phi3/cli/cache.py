@@ -1,0 +1,123 @@
+"""`ov-phi3 cache build`, `info` and `verify`: prefilled prompts in files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ov_phi3.cli import terminal
+from ov_phi3.errors import ConfigError
+from ov_phi3.report_text import table
+
+__all__ = ["add_cache"]
+
+
+def add_cache(commands: Any) -> None:
+    """Add the `cache` command and its three subcommands."""
+    parser = commands.add_parser(
+        "cache",
+        help="prefilled prompts in files",
+        description="Prefill a prompt once, keep its KV cache in a file, and start from there ever after.",
+    )
+    kinds = parser.add_subparsers(
+        title="commands", dest="cache_command", metavar="COMMAND", required=True, parser_class=type(parser)
+    )
+    build = kinds.add_parser("build", help="prefill a prompt and save it", description="Prefill a prompt and save it.")
+    terminal.add_load_arguments(build)
+    build.add_argument("output", type=Path, help="file to write")
+    what = build.add_mutually_exclusive_group(required=True)
+    what.add_argument("--system", metavar="TEXT", help="a system message; - reads it from standard input")
+    what.add_argument("--messages", type=Path, metavar="FILE", help="a JSON list of {role, content} messages")
+    what.add_argument("--raw", type=Path, metavar="FILE", help="a text that is laid out already")
+    build.add_argument("--json", action="store_true", help="print what was built as JSON")
+    build.set_defaults(run=_build)
+    info = kinds.add_parser("info", help="what a file is of", description="What a file is of; no tensor is read.")
+    info.add_argument("file", type=Path, help="a saved prefix or conversation")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(run=_info)
+    verify = kinds.add_parser(
+        "verify",
+        help="whether a file is whole, and of a model",
+        description="Compare all checksums and, with a model, the fingerprint. Exit code 1 if the file cannot be used.",
+    )
+    verify.add_argument("file", type=Path, help="a saved prefix or conversation")
+    verify.add_argument("model", type=Path, nargs="?", help="directory of the model that it is to be used with")
+    verify.set_defaults(run=_verify)
+
+
+def _build(args: argparse.Namespace) -> int:
+    prompt = _prompt(args)  # before the model is loaded: a wrong file should not take seconds to be told
+    with terminal.load(args, "infer_request") as pipe:
+        bar = terminal.PrefillBar()
+        try:
+            prefix = pipe.prefill(prompt, on_prefill=bar)
+        finally:
+            bar.clear()
+        size = prefix.save(args.output)
+    if args.json:
+        report = {"file": str(args.output), "tokens": len(prefix), "bytes": size, "dtype": prefix.dtype}
+        print(json.dumps({**report, "exact": prefix.exact}, indent=2))
+    else:
+        print(f"{args.output}: {len(prefix)} tokens, {size / 2**20:.1f} MiB as {prefix.dtype}")
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> Any:
+    from ov_phi3.template import Raw
+
+    if args.system is not None:
+        text = (sys.stdin.read() if sys.stdin else "") if args.system == "-" else args.system
+        return [{"role": "system", "content": text}]
+    source = args.messages or args.raw
+    try:
+        text = source.read_text(encoding="utf-8")
+        found = json.loads(text) if args.messages else Raw(text)
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"{source} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from exc
+    if args.messages and not (isinstance(found, list) and found and all(isinstance(m, dict) for m in found)):
+        raise ConfigError(f"{source}: expected a JSON list of {{role, content}} messages.")
+    return found
+
+
+def _info(args: argparse.Namespace) -> int:
+    from ov_phi3 import snapshot
+
+    found = snapshot.read(args.file, verify=False)
+    tensors = found.value.tensors
+    facts: dict[str, Any] = {
+        "kind": found.kind,
+        "token ids": len(found.ids),
+        "cached tokens": tensors.tokens,
+        "dtype": tensors.dtype,
+        "exact": tensors.exact,
+        "bytes": found.size,
+        "layers": len(tensors.arrays) // 2,
+        "past the LongRoPE boundary": found.value.past_boundary,
+        **found.identity,
+    }
+    if found.conversation is not None:
+        facts["turns"] = len(found.conversation.get("turns", ()))
+    if args.json:
+        print(json.dumps({name.replace(" ", "_"): value for name, value in facts.items()}, indent=2))
+    else:
+        print(table([(name, str(value)) for name, value in facts.items()]))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ov_phi3 import snapshot
+    from ov_phi3.identity import check_identity, identity_of
+    from ov_phi3.model_info import ModelInfo
+    from ov_phi3.template import ChatTemplate
+
+    found = snapshot.read(args.file)
+    if args.model is None:
+        print(f"{args.file} is whole.")
+        return 0
+    info = ModelInfo.from_dir(args.model)
+    check_identity(found.identity, identity_of(info, ChatTemplate.for_info(info)), str(args.file))
+    print(f"{args.file} is whole, and of {info.path}.")
+    return 0
