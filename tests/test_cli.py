@@ -109,7 +109,7 @@ def test_every_option_has_a_flag_with_help() -> None:
 
     actions = build_parser()._subparsers._group_actions[0].choices["generate"]._actions  # type: ignore[union-attr]
     by_name = {a.dest: a for a in actions}
-    for name in GenerationConfig.__dataclass_fields__:
+    for name in GenerationConfig.__dataclass_fields__.keys() - {"logits_processors"}:  # functions
         assert by_name[name].help, name
 
 

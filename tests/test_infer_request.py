@@ -101,6 +101,13 @@ class TestSameIds:
         assert pieces.token_ids == whole.token_ids
         assert told == [(done, 700) for done in (0, 100, 200, 300, 400, 500, 600, 700)]
 
+    def test_logits_of_the_last_token_only(self, loop: Pipeline) -> None:
+        ids = np.random.default_rng(9).integers(100, 40_000, 300)
+        loop.generate(ids, max_new_tokens=1)
+        newest = max(slots(loop), key=lambda slot: slot.used)
+        assert newest.length == 300
+        assert list(newest.request.get_tensor("logits").shape) == [1, 1, loop.info.vocab_size]
+
     def test_chats_forks_and_rewinds(self, loop: Pipeline, other: Pipeline, reference: Reference) -> None:
         draw = random.Random(7)
         chats = [(loop.chat(system=SYSTEM), other.chat(system=SYSTEM))]

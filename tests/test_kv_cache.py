@@ -208,7 +208,7 @@ import ov_phi3
 from ov_phi3.kv_pool import KVPool
 
 path, blocks, properties = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-from ov_phi3 import engines
+from ov_phi3 import loading
 real = loading.plan
 
 def plan(*args, **options):

@@ -42,7 +42,7 @@ def expected(
     before = 0.0
     for rank, token in enumerate(order):
         p = probabilities[token]
-        if (top_k and rank >= top_k) or (rank and before >= top_p) or p < min_p * probabilities[order[0]]:
+        if (top_k and rank >= top_k) or (rank and top_p < 1 and before >= top_p) or p < min_p * probabilities[order[0]]:
             break
         out[token] = p
         before += p

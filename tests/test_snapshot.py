@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference import Reference
 
 import ov_phi3
 from ov_phi3 import Pipeline, SnapshotError, StreamError, snapshot
@@ -450,6 +451,33 @@ def test_precisions(demo_int4: Path, device: str, tmp_path: Path, precision: str
         assert abs(size - len(prefix) * pipe.info.kv_bytes_per_token_for(8 * exactly)) < 32_000
         first = pipe.generate("Who are you?", prefix=loaded, **GREEDY).token_ids
         assert pipe.generate("Who are you?", prefix=prefix, **GREEDY).token_ids == first
+
+
+def test_on_both_sides_of_the_longrope_boundary(longrope: tuple[Path, Path, int], device: str, tmp_path: Path) -> None:
+    boundary = longrope[2]
+    reference = Reference(longrope[1], boundary)
+    ids = np.random.default_rng(3).integers(300, 31_000, 3 * boundary).tolist()
+    options = {**GREEDY, "ignore_eos": True}
+    with ov_phi3.load(longrope[0], device=device, backend="infer_request") as pipe:
+        for length in (boundary - 10, boundary + 7):
+            pipe.prefill(ids[:length]).save(tmp_path / f"{length}.kv")
+        chat = pipe.chat()
+        while len(chat.token_ids) < boundary:
+            chat.send("More of it.", **options)
+        chat.save(tmp_path / "chat.kv")
+        wanted = chat.send("And on.", **options)
+    with ov_phi3.load(longrope[0], device=device, backend="infer_request") as pipe:
+        for length, more in ((boundary - 10, 5), (boundary + 7, 5), (boundary - 10, 30)):
+            prefix = pipe.load_prefix(tmp_path / f"{length}.kv")
+            assert prefix._value.past_boundary == (length > boundary)
+            prompt = ids[: length + more]
+            reply = pipe.generate(prompt, prefix=prefix, **options)
+            assert reference.differences(prompt, reply.token_ids) == []
+        loaded = pipe.load_chat(tmp_path / "chat.kv")
+        reply = loaded.send("And on.", **options)
+        assert reply.token_ids == wanted.token_ids
+        assert reference.differences(reply.prompt_token_ids, reply.token_ids) == []
+        assert reply.metrics.reused_tokens
 
 
 CHILD = """

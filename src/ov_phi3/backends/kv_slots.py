@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.kv_tensors import KVTensors, KVValue, read_state, write_state
+from ov_phi3.backends.kv_states import read_state, write_state
+from ov_phi3.kv_tensors import KVTensors, KVValue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
