@@ -241,21 +241,19 @@ class InferRequestBackend:
             "input_ids": self._tensor(np.ascontiguousarray(given[None])),
             "position_ids": self._tensor(np.arange(begin, end, dtype=np.int64)[None]),
         }
-        logits = self._infer(slot, tensors, end, self._tensor(wanted))
-        self.slots.extend(slot, ids)
+        logits = self._infer(slot, ids, tensors, self._tensor(wanted))
         return logits if self._graph.rows else logits[wanted]
 
     def _step(self, slot: Slot, token: int) -> NDArray[np.float32]:
         """Compute one more id of a sequence; logits, float32, shape [vocabulary], valid until the next pass."""
         self._one[0, 0] = token
         self._at[0, 0] = slot.length
-        logits = self._infer(slot, self._step_tensors, slot.length + 1, self._first_row)
-        self.slots.extend(slot, self._one[0])
+        logits = self._infer(slot, self._one[0], self._step_tensors, self._first_row)
         last: NDArray[np.float32] = logits[-1]
         return last
 
-    def _infer(self, slot: Slot, tensors: Mapping[str, Any], total: int, rows: Any) -> NDArray[np.float32]:
-        request = slot.request
+    def _infer(self, slot: Slot, ids: NDArray[np.int64], tensors: Mapping[str, Any], rows: Any) -> NDArray[np.float32]:
+        request, total = slot.request, slot.length + len(ids)
         if total > self._mask.shape[1]:
             self._mask = np.ones((1, max(total, 2 * self._mask.shape[1])), dtype=np.int64)
         mask = self._tensor(self._mask[:, :total])
@@ -264,9 +262,9 @@ class InferRequestBackend:
                 request.set_tensor(name, tensor)
         if self._graph.rows:
             request.set_tensor(ROWS, rows)
-        slot.busy = True
-        request.infer()
-        slot.busy = False
+        with slot.changing():
+            request.infer()
+            self.slots.extend(slot, ids)
         logits = request.get_tensor("logits").data[0]
         if logits.dtype != np.float32:  # a device that computes in float16
             logits = logits.astype(np.float32)

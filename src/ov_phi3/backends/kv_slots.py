@@ -8,9 +8,10 @@ place to begin from.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Slot:
         past: whether its keys were rotated with the long factors of LongRoPE.
         keep: whether its conversation may go on, so that it is not cut for another.
         used: when it was last used.
-        busy: whether a pass is running, after a failure of which its state is not known.
+        busy: whether its state and its ids are being changed; a failure meanwhile leaves it so, and its state unknown.
     """
 
     def __init__(self, request: Any) -> None:
@@ -59,6 +60,13 @@ class Slot:
     def length(self) -> int:
         """Tokens that it holds."""
         return self._length
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """State and ids are changed in here; what is raised, Ctrl-C too, leaves the slot `busy`."""
+        self.busy = True
+        yield
+        self.busy = False
 
     def append(self, ids: NDArray[np.int64]) -> None:
         """Note that the engine has computed these."""
@@ -112,7 +120,7 @@ class KVSlots:
         """Nothing: the slots keep their own books."""
 
     def forget(self) -> None:
-        """Give up the slots in which a pass was running when the engine failed."""
+        """Give up the slots that were being changed when the engine failed."""
         with self._lock:
             self._slots = [slot for slot in self._slots if not slot.busy]
 
@@ -138,15 +146,16 @@ class KVSlots:
             if value is not None and (in_value > in_slot or (in_value == in_slot and not whole)):
                 # Over the last sequence that began from it, where nobody wants that: its memory is warm.
                 place = slot if slot is not None and in_slot == in_value and not slot.keep else None
-                found = self._written(value.tensors, in_value, len(ids), place)
-                found.hold(ids[:in_value])
+                found = self._written(value.tensors, ids[:in_value], len(ids), place)
             elif slot is None:
                 found = self._vacant(len(ids))
             elif whole:
                 found = slot
             else:
                 found = self._cut(slot, in_slot, len(ids))
-            found.past, found.keep, found.used = past, request.keep, self._clock
+            # What a chat has in a slot stays worth keeping when another request goes on from all of it.
+            found.keep = request.keep or (found.keep and found is slot and whole)
+            found.past, found.used = past, self._clock
             return found
 
     def extend(self, slot: Slot, ids: NDArray[np.int64]) -> None:
@@ -181,7 +190,7 @@ class KVSlots:
         limit = len(ids) - 1
         best, in_slot = None, 0
         for slot in () if alone else self._slots:
-            common = 0 if slot.past != past or slot.busy else min(_common(slot.ids, ids), limit)
+            common = min(_common(slot.ids, ids), limit) if slot.past == past else 0
             # A slot that goes on in another way must be copied, which has to be worth it.
             whole = common == slot.length
             if common and (whole or common >= least) and (common > in_slot or (common == in_slot and whole)):
@@ -196,25 +205,23 @@ class KVSlots:
     def _cut(self, slot: Slot, tokens: int, expected: int) -> Slot:
         """A slot with the first tokens of another one."""
         tensors = read_state(slot.request.query_state(), tokens, self._candidates)
-        ids = slot.ids[:tokens].copy()
-        found = self._written(tensors, tokens, expected, None if slot.keep else slot)
-        found.hold(ids)
-        return found
+        return self._written(tensors, slot.ids[:tokens].copy(), expected, None if slot.keep else slot)
 
-    def _written(self, tensors: KVTensors, tokens: int, expected: int, place: Slot | None = None) -> Slot:
-        """A slot with these tensors in it."""
+    def _written(self, tensors: KVTensors, ids: NDArray[np.int64], expected: int, place: Slot | None = None) -> Slot:
+        """A slot with the tensors of these ids in it."""
         slot = place or self._vacant(expected)
-        slot.busy = True
-        write_state(slot.request.query_state(), tensors, tokens)
-        slot.busy = False
+        with slot.changing():
+            slot.hold(ids[:0])
+            write_state(slot.request.query_state(), tensors, len(ids))
+            slot.hold(ids)
         return slot
 
     def _vacant(self, expected: int) -> Slot:
         """An empty slot."""
         taken = self._make_room(expected)
         slot = taken or Slot(self._make())
-        slot.request.reset_state()
         slot.hold(np.empty(0, dtype=np.int64))
+        slot.request.reset_state()
         if taken is None:
             self._slots.append(slot)
         return slot
