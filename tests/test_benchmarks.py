@@ -44,6 +44,20 @@ def test_every_script_explains_itself(script: str) -> None:
     assert "usage:" in done.stdout
 
 
+def test_snapshots(demo_int4: Path, device: str, tmp_path: Path) -> None:
+    target = tmp_path / "snapshots.json"
+    sizes = ["--tokens", "40", "--repeat", "2", "--warmup", "0", "--pairs", "1"]
+    done = run("snapshots.py", demo_int4, "--device", device, *sizes, "--json", target)
+    assert done.returncode == 0, done.stderr
+    for said in ("A prefix of 40 tokens", "cold", "ids after loading equal", "TPOT / llm_pipeline's", "peak memory"):
+        assert said in done.stdout
+    found = json.loads(target.read_text(encoding="utf-8"))
+    assert len(found["prefix"]["load_ms"]) == 2
+    assert found["prefix"]["equal_ids"] is True
+    assert found["peak_bytes"].keys() == {"llm_pipeline", "infer_request"}
+    assert found["goals"]["loading / prefilling"][1] is None  # a small model
+
+
 class TestLatency:
     """`latency.py`."""
 
