@@ -5,6 +5,9 @@ two Cores that go in the order in which they came, the second puts back the firs
 one that goes in another thread leaves its own behind. The next signal, a Ctrl-C say, then kills the process (SIGSEGV;
 seen with openvino 2026.4.1 on Linux, where `LLMPipeline` makes Cores of its own). `keeping_signal_stack` puts the
 thread's stack back at once, so that none of them is ever in use.
+
+A forked process has the memory of OpenVINO's objects and none of the threads that they wait for when they are used or
+freed: it would hang, at its exit at the latest. What is given to `never_freed_in_children` stays there as it is.
 """
 
 from __future__ import annotations
@@ -12,17 +15,36 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["keeping_signal_stack", "shared_core"]
+__all__ = ["keeping_signal_stack", "never_freed_in_children", "shared_core"]
 
 _lock = threading.Lock()
+
+
+_owners: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def never_freed_in_children(owner: object) -> None:
+    """Let an object that holds some of OpenVINO's live on in every forked process, whatever frees it there."""
+    _owners.add(owner)
+
+
+def _keep_owners() -> None:
+    for owner in list(_owners):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_owners)
 
 
 class _Stack(ctypes.Structure):

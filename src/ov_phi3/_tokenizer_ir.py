@@ -10,6 +10,7 @@ memory:
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3._core import shared_core
-from ov_phi3.errors import ModelError
+from ov_phi3._core import never_freed_in_children, shared_core
+from ov_phi3.errors import ClosedError, ModelError, forked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,6 +103,8 @@ class TokenizerGraph:
         self._first = self._compile(model)
         self._later: Any = None if self.prefixes_text else self._first
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        never_freed_in_children(self)
 
     def encode(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
         """The ids of each text by itself; `continues` leaves out the mark in front, for a text that goes on from
@@ -113,6 +116,8 @@ class TokenizerGraph:
         ends = np.cumsum([len(r) for r in raw], dtype=np.int32)
         begins = np.concatenate(([0], ends[:-1])).astype(np.int32)
         chars = np.frombuffer(b"".join(raw), dtype=np.uint8)
+        if self._process != os.getpid():
+            raise ClosedError(forked(f"the tokenizer in {self._path.parent}", self._process))
         with self._lock:
             out = list(self._request(continues).infer([begins, ends, chars]).values())
             row_begins, row_ends, ids = (np.array(o) for o in out)

@@ -139,10 +139,11 @@ class Chat:
         *,
         on_cancel: str | None = None,
         on_prefill: OnPrefill | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> GenerationResult:
         """One turn; returns the whole reply. Arguments and errors are those of `stream`."""
-        return self.stream(text, config, on_cancel=on_cancel, on_prefill=on_prefill, **options).result
+        return self.stream(text, config, on_cancel=on_cancel, on_prefill=on_prefill, timeout=timeout, **options).result
 
     def stream(
         self,
@@ -151,6 +152,7 @@ class Chat:
         *,
         on_cancel: str | None = None,
         on_prefill: OnPrefill | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> TokenStream:
         """One turn, as it comes. The turn is part of the conversation once the stream has ended.
@@ -160,6 +162,8 @@ class Chat:
             config: how to generate; `options` are laid over it.
             on_cancel: "keep" or "drop", for this turn; default: the chat's.
             on_prefill: told the progress of the prefill, see `Pipeline.generate`.
+            timeout: seconds for the whole turn, see `Pipeline.generate`; a turn that ran out of time is kept or dropped
+                as a cancelled one is.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -183,6 +187,7 @@ class Chat:
                 streams=True,
                 on_end=lambda result: self._end(state, gone, message, result, keep=keep),
                 on_prefill=on_prefill,
+                timeout=timeout,
                 turns_before=len(state.turns),
             )
             # The channel and not the stream: a stream that its reader drops must still cancel itself.
@@ -272,7 +277,7 @@ class Chat:
         """Take in a turn that ended with a result; one that failed, or was cancelled before its first token, never
         was.
         """
-        if result is None or not result.token_ids or (result.finish_reason == "cancelled" and not keep):
+        if result is None or not result.token_ids or (result.finish_reason in ("cancelled", "timeout") and not keep):
             return result
         turn = Exchange(message, {"role": "assistant", "content": result.text}, tuple(result.token_ids))
         ids = (*result.prompt_token_ids, *result.token_ids)

@@ -110,6 +110,14 @@ class ClosedError(Error, RuntimeError):
     """The pipeline was closed before, or while, this was asked of it."""
 
 
+def forked(what: str, process: int) -> str:
+    """What to tell a forked process that uses what its parent loaded."""
+    return (
+        f"{what} was loaded by process {process}, and this is a fork of it, which has none of OpenVINO's threads. Load "
+        "the model in this process, or start it with multiprocessing's 'spawn'."
+    )
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A sentence naming the valid name nearest to `name`, with a leading space, or '' when nothing is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv_pool import KVPool
     from ov_phi3.model_info import ModelInfo
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,17 @@ class Limits:
             max_new_tokens=new,
             context_length=self.context_length,
         )
+
+
+def seconds(name: str, value: object) -> float:
+    """A time that was given as an argument.
+
+    Raises:
+        ConfigError: not above 0, or not a number.
+        TypeError: of another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+    if not value > 0:
+        raise ConfigError(f"{name}={value}; expected a number of seconds above 0, or None for as long as it takes.")
+    return float(value)

@@ -18,13 +18,13 @@ from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.chat import Chat
 from ov_phi3.chat_snapshot import restored
-from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError
+from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError, forked
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.generator import Cancelled, Generator
 from ov_phi3.identity import identity_of
 from ov_phi3.kv_cache import KVLayout
 from ov_phi3.kv_pool import KVPool
-from ov_phi3.limits import Limits
+from ov_phi3.limits import Limits, seconds
 from ov_phi3.prefix import Prefix, loaded_prefix, prefilled, prompt_ids, score
 from ov_phi3.results import GenerationResult, Score
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
@@ -83,6 +83,7 @@ class Pipeline:
         self._limits = Limits(info, defaults, context_length, self._generator, self._pool)
         self._backend: Backend | None = backend
         self._asked = False
+        self._process = os.getpid()
         self._turns = Turns()
         self._state = threading.Lock()
         # The interpreter holds a thread for as long as it runs, so what is in here has not ended yet.
@@ -101,6 +102,7 @@ class Pipeline:
         *,
         on_prefill: OnPrefill | None = None,
         prefix: Prefix | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> GenerationResult:
         """The whole reply to a prompt.
@@ -114,6 +116,9 @@ class Pipeline:
             prefix: what the prompt follows, prefilled (`prefill`, `load_prefix`). A string is the user message that
                 comes next. Messages, `Raw` text and ids come next too, unless they begin with all of the prefix's ids:
                 then they are the whole prompt.
+            timeout: seconds for the whole request, waiting for its turn included; then the reply ends with what came,
+                and finish reason "timeout": within one token, or at the end of a piece of the prefill. Beam search and
+                several sequences at once cannot be ended in the engine.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -124,7 +129,9 @@ class Pipeline:
             GenerationError: the engine failed.
             ClosedError: the pipeline was closed.
         """
-        return self._start(prompt, config, options, streams=False, on_prefill=on_prefill, prefix=prefix).result
+        return self._start(
+            prompt, config, options, streams=False, on_prefill=on_prefill, prefix=prefix, timeout=timeout
+        ).result
 
     def stream(
         self,
@@ -133,10 +140,11 @@ class Pipeline:
         *,
         on_prefill: OnPrefill | None = None,
         prefix: Prefix | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> TokenStream:
         """The reply as it comes; generation starts at once. Arguments and errors are those of `generate`."""
-        return self._start(prompt, config, options, streams=True, on_prefill=on_prefill, prefix=prefix)
+        return self._start(prompt, config, options, streams=True, on_prefill=on_prefill, prefix=prefix, timeout=timeout)
 
     def score(
         self,
@@ -262,6 +270,8 @@ class Pipeline:
         What runs ends within one token, or at the end of its prefill. Beam search and several sequences at once cannot
         be cancelled in the engine: they are waited for.
         """
+        if self._process != os.getpid():
+            return  # a fork has nothing to free: see `_core`
         with self._state:
             backend, self._backend = self._backend, None
             live = list(self._live.items())
@@ -289,6 +299,8 @@ class Pipeline:
 
     def _engine(self) -> Backend:
         backend = self._backend
+        if self._process != os.getpid():
+            raise ClosedError(forked(f"the pipeline for {self.info.path}", self._process))
         if backend is None:
             raise ClosedError(f"the pipeline for {self.info.path} was closed; load the model again.")
         return backend
@@ -303,6 +315,7 @@ class Pipeline:
         on_end: OnEnd | None = None,
         on_prefill: OnPrefill | None = None,
         prefix: Prefix | None = None,
+        timeout: float | None = None,
         turns_before: int | None = None,
     ) -> TokenStream:
         """Begin a reply; `turns_before` is how many turns a chat has had, None for what is not one's."""
@@ -310,6 +323,7 @@ class Pipeline:
         backend = self._engine()
         if on_prefill is not None and not callable(on_prefill):
             raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
+        deadline = None if timeout is None else requested + seconds("timeout", timeout)
         wanted = self._config(config, options)
         ids = prompt_ids(self, prompt, prefix)
         resolved = self._limits.resolve(wanted, len(ids), streams=streams)
@@ -323,7 +337,7 @@ class Pipeline:
             keep=turns_before is not None,
         )
         channel = Channel()
-        reply = Reply(request, self._generator, self.tokenizer, channel, requested, on_end, on_prefill)
+        reply = Reply(request, self._generator, self.tokenizer, channel, requested, on_end, on_prefill, deadline)
         engine, turns = self._engine, self._turns
         turn = Turn()
         try:

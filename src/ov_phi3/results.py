@@ -13,8 +13,8 @@ __all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamCh
 
 _LARGEST_LOG = 709.0  # exp of more is no float64
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""Why a reply ended: an end token or stop string, its length limit, or someone cancelled it."""
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+"""Why a reply ended: an end token or stop string, its length limit, someone cancelled it, or its time was up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class GenerationResult:
     Attributes:
         text: the reply; special tokens and, unless asked for, the stop string are left out.
         token_ids: its ids as generated, end token included.
-        finish_reason: "stop", "length" or "cancelled".
+        finish_reason: "stop", "length", "cancelled" or "timeout".
         metrics: its latency.
         config: every option as it was used, a drawn seed included.
         prompt_token_ids: the prompt's ids.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from ov_phi3.errors import StreamError
+from ov_phi3.errors import ClosedError, StreamError, forked
 from ov_phi3.results import GenerationResult, StreamChunk
 
 __all__ = ["Channel", "TokenStream"]
@@ -72,6 +73,14 @@ class Channel:
             late = self.cancelled
         if late and action is not None:
             action()
+
+    def abandon(self) -> None:
+        """End it in a forked process, which does not have the worker."""
+        self._changed = threading.RLock()
+        if not self.ended:
+            self.error = ClosedError(forked("this stream's pipeline", os.getppid()))
+            self._listeners = []
+            self.ended = True
 
     # -- the consumer's end ------------------------------------------------------------------------------------------
 
@@ -138,6 +147,15 @@ class Channel:
         for action in listeners:
             action()
 
+
+def _abandon_all() -> None:
+    """In a forked process nobody writes to the channels any more, and their locks may be held for ever."""
+    for channel in list(_running):
+        channel.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 _running: weakref.WeakSet[Channel] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

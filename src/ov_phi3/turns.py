@@ -23,9 +23,9 @@ class Turn:
         self.given_up = False
         self.begun = False
 
-    def wait(self) -> None:
-        """Wait until it is this one's turn, or it was given up."""
-        self._gate.acquire()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is this one's turn, or it was given up; False when so many seconds were not enough."""
+        return self._gate.acquire(timeout=-1 if seconds is None else max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
     def call(self) -> None:
         """Let the waiting thread go."""
@@ -47,11 +47,11 @@ class Turns:
             if self._line[0] is turn:
                 turn.call()
 
-    def begin(self, turn: Turn) -> bool:
-        """Wait for the turn and begin it; False when it was given up first."""
-        turn.wait()
+    def begin(self, turn: Turn, seconds: float | None = None) -> bool:
+        """Wait for the turn and begin it; False when it was given up first, or did not come within so many seconds."""
+        came = turn.wait(seconds)
         with self._lock:
-            turn.begun = not turn.given_up
+            turn.begun = came and not turn.given_up
             return turn.begun
 
     def leave(self, turn: Turn) -> None:

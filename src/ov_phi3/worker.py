@@ -47,6 +47,7 @@ class Reply:
         on_end: given the result, or None after a failure, before the consumer is, and gives back what the consumer
             gets; for who keeps a record of the conversation.
         on_prefill: told the progress of the prefill; what it raises ends the reply and reaches the consumer.
+        deadline: when the reply must have ended, by `stream.now`; None for never.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class Reply:
         requested: float,
         on_end: OnEnd | None = None,
         on_prefill: OnPrefill | None = None,
+        deadline: float | None = None,
     ) -> None:
         self._request = request
+        self._deadline = deadline
+        self._timed_out = False
         self._generator = generator
         self._tokenizer = tokenizer
         self._channel = channel
@@ -83,9 +87,9 @@ class Reply:
         """Wait for the engine, generate, and end the channel, whatever happens."""
         self._channel.on_cancel(lambda: turns.give_up(turn))
         try:
-            result = (
-                self._generate(backend()) if turns.begin(turn) and not self._channel.cancelled else self._cancelled()
-            )
+            left = None if self._deadline is None else self._deadline - now()
+            begun = turns.begin(turn, left)
+            result = self._generate(backend()) if begun and not self._over() else self._unbegun()
         except Error as exc:
             self._end(None, exc)
         except CallbackFailed as exc:
@@ -122,27 +126,34 @@ class Reply:
             emit = never_raises(self._emit, self._failed)
             report = self._generator.generate(backend, self._request, emit, self._watch)
         except Cancelled:
-            return self._cancelled()
+            return self._unbegun()
         if self._failure is not None:
             raise self._failure
         return self._finish(report)
 
     def _watch(self, done: int, total: int) -> bool:
         """Hand on the progress of the prefill, each figure once."""
-        if self._on_prefill is not None and done > self._prefilled and not self._channel.cancelled:
+        if self._on_prefill is not None and done > self._prefilled and not self._over():
             self._prefilled = done
             try:
                 self._on_prefill(done, total)
             except BaseException as exc:
                 raise CallbackFailed from exc
-        return not self._channel.cancelled
+        return not self._over()
+
+    def _over(self) -> bool:
+        """Whether nobody wants the rest: it was cancelled, or its time is up."""
+        if self._channel.cancelled:
+            return True
+        self._timed_out = self._timed_out or (self._deadline is not None and now() >= self._deadline)
+        return self._timed_out
 
     def _failed(self, exc: BaseException) -> None:
         self._failure = exc
 
     def _emit(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
         """One step of the engine: stamp, decode, hand over. Runs in the engine's thread."""
-        if self._channel.cancelled or self._stops.matched is not None or len(self._ids) >= self._limit:
+        if self._over() or self._stops.matched is not None or len(self._ids) >= self._limit:
             return False
         stamp = now()
         if not self._ids:
@@ -181,12 +192,15 @@ class Reply:
             return "stop"
         if self._channel.cancelled:
             return "cancelled"
+        if self._timed_out:
+            return "timeout"
         if (report is not None and report.hit_limit) or len(self._ids) >= self._limit:
             return "length"
         return "stop"
 
-    def _cancelled(self) -> GenerationResult:
-        """The result of a request that was cancelled before its turn, or its first token, came."""
+    def _unbegun(self) -> GenerationResult:
+        """The result of a request that was cancelled, or whose time was up, before its turn or first token came."""
+        self._over()
         return self._finish(None)
 
     def _result(

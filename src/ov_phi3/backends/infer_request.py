@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ov_phi3._core import keeping_signal_stack, shared_core
+from ov_phi3._core import keeping_signal_stack, never_freed_in_children, shared_core
 from ov_phi3.backends import EngineReport, Hypothesis
 from ov_phi3.backends.graph import ROWS, read
 from ov_phi3.backends.kv_slots import KVSlots, Slot
@@ -98,6 +98,7 @@ class InferRequestBackend:
     ) -> None:
         import openvino
 
+        never_freed_in_children(self)
         self._tensor_type = openvino.Tensor
         self._boundary = rope_boundary
         self.doubts: list[str] = []

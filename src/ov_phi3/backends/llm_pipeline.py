@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3._core import keeping_signal_stack
+from ov_phi3._core import keeping_signal_stack, never_freed_in_children
 from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
 from ov_phi3.errors import ConfigError
@@ -69,6 +69,7 @@ class LLMPipelineBackend:
         self._rules_known = self._caches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
         self._block_size = block_size
         self._marks = False
+        never_freed_in_children(self)
         with keeping_signal_stack():
             self._pipeline: Any = self._load()
 
