@@ -434,6 +434,35 @@ class TestStreams:
             assert streams[0].result.token_ids == []
             assert pipe.generate(ids, max_new_tokens=1).metrics.reused_tokens == 100
 
+    @pytest.mark.parametrize("how", ["cancel", "timeout", "close"])
+    def test_ended_within_one_piece(self, demo_fp32: Path, device: str, how: str, monkeypatch: Any) -> None:
+        """A prompt is computed whole, and is given up in the middle of it."""
+        from ov_phi3 import worker
+
+        with ov_phi3.load(demo_fp32, device=device, backend="infer_request") as pipe:
+            pipe.warmup()
+            before = list(slots(pipe))
+            ids = np.random.default_rng(0).integers(100, 40_000, 4000)
+            begun = threading.Event()
+            late = [0.0]
+            real = worker.now
+            monkeypatch.setattr(worker, "now", lambda: real() + late[0])
+            stream = pipe.stream(ids, on_prefill=lambda *_: begun.set(), timeout=1000, max_new_tokens=5)
+            begun.wait()
+            if how == "cancel":
+                stream.cancel()
+            elif how == "timeout":
+                late[0] = 2000.0
+            else:
+                pipe.close()
+            result = stream.result
+            assert result.finish_reason == ("timeout" if how == "timeout" else "cancelled")
+            assert result.token_ids == []
+            monkeypatch.undo()
+            if how != "close":
+                assert slots(pipe) == before  # the slot whose state is not known is gone
+                assert pipe.generate("What is the capital of Japan?", **GREEDY).token_ids
+
     def test_a_processor_that_raises(self, loop: Pipeline) -> None:
         def failing(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
             if len(ids) > limit:

@@ -25,9 +25,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["keeping_signal_stack", "never_freed_in_children", "shared_core"]
+__all__ = ["import_openvino", "keeping_signal_stack", "never_freed_in_children", "shared_core"]
 
 _lock = threading.Lock()
+
+
+_importing = threading.RLock()
+
+
+def import_openvino() -> None:
+    """Import openvino, before any other import of it or of openvino_genai, without its telemetry.
+
+    Its import sends a message to Google Analytics through openvino-telemetry, unless that was opted out of, from a
+    process that it forks for that (openvino 2026.4.1). What it falls back to where that package is missing sends
+    nothing. A program that has imported openvino itself has made its own choice.
+    """
+    with _importing:
+        if "openvino" in sys.modules:
+            return
+        hidden = "openvino_telemetry" not in sys.modules
+        if hidden:
+            sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+        try:
+            import openvino  # noqa: F401
+        finally:
+            if hidden:
+                del sys.modules["openvino_telemetry"]
 
 
 _owners: weakref.WeakSet[object] = weakref.WeakSet()
@@ -81,8 +104,13 @@ def shared_core() -> openvino.Core:
 
 @functools.cache
 def _made() -> openvino.Core:
+    import_openvino()
+    import numpy as np
     import openvino
 
+    # The bindings look numpy up when they first make an array: two threads that do so at once wait for each other, one
+    # with the interpreter's lock and one with that of the look-up. Here it is one.
+    np.asarray(openvino.op.Constant(np.zeros(1, dtype=np.int32)).data)
     core = openvino.Core()
     with keeping_signal_stack(), contextlib.suppress(RuntimeError):
         core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, here and not later

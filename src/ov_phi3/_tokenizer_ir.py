@@ -25,7 +25,7 @@ from ov_phi3.errors import ClosedError, ModelError, forked
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DetokenizerGraph", "TokenizerGraph"]
+__all__ = ["DetokenizerGraph", "TokenizerGraph", "check_tables"]
 
 # Graphs hold operations that live in the extension library, and unloading it before the last of them is gone crashes
 # the interpreter at exit. The shared Core is never freed.
@@ -58,9 +58,40 @@ def _extension_library() -> Path:
 
 def _read(path: Path) -> Any:
     try:
-        return _tokenizer_core().read_model(path)
-    except RuntimeError as exc:
+        model = _tokenizer_core().read_model(path)
+    except (RuntimeError, UnicodeDecodeError) as exc:  # the second is a message that quotes damaged bytes
         raise ModelError(f"{path} could not be read: {_first_line(exc)}. Export the model again.") from exc
+    if not all(_tables_hold(op) for op in model.get_ops()):
+        raise ModelError(f"{path.with_suffix('.bin')} is damaged: a table of strings points outside. Export again.")
+    return model
+
+
+def check_tables(model_dir: Path) -> None:
+    """Refuse a tokenizer that would kill the process; for who hands a directory to an engine that opens it itself.
+
+    Raises:
+        ModelError: a table of strings points outside, or a graph cannot be read.
+    """
+    for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
+        _read(model_dir / name)
+
+
+def _tables_hold(op: Any) -> bool:
+    """Whether the string tables of an operation (begins, ends, characters) stay within themselves.
+
+    The operations do not look: one that is led outside kills the process (SIGSEGV, openvino-tokenizers 2026.4.1).
+    """
+    nodes = [value.get_node() for value in op.input_values()]
+    data = [np.asarray(node.data) if node.get_type_name() == "Constant" else None for node in nodes]
+    for begins, ends, characters in zip(data, data[1:], data[2:], strict=False):
+        if begins is None or ends is None or characters is None:
+            continue
+        kinds = [array.dtype.name for array in (begins, ends, characters)]
+        if kinds != ["int32", "int32", "uint8"] or begins.ndim != 1:
+            continue
+        if begins.shape != ends.shape or not bool(((begins >= 0) & (begins <= ends) & (ends <= characters.size)).all()):
+            return False
+    return True
 
 
 def _first_line(exc: BaseException) -> str:

@@ -299,6 +299,9 @@ def _response_format(value: object) -> dict[str, Any]:
 
 def to_genai(config: GenerationConfig) -> openvino_genai.GenerationConfig:
     """One of our configs as an `openvino_genai.GenerationConfig`; options not given keep GenAI's own defaults."""
+    from ov_phi3._core import import_openvino
+
+    import_openvino()
     import openvino_genai
 
     if own := config.own_loop():

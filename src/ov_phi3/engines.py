@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from ov_phi3 import device as devices
 from ov_phi3 import versions
 from ov_phi3._core import shared_core
+from ov_phi3._tokenizer_ir import check_tables
 from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
@@ -90,6 +91,7 @@ def _open_llm_pipeline(
     info: ModelInfo, device: DeviceInfo, given: dict[str, Any], pool: KVPool, opening: Opening, must_page: bool
 ) -> Opened:
     """The engine: on paged attention, or without it where it cannot have that."""
+    check_tables(info.path)  # it opens the tokenizer, too
     try:
         return _open_with(info, device, given, pool.properties(given), pool, opening)
     except Error:
@@ -205,8 +207,9 @@ def _canary(engine: Backend, ids: Any, info: ModelInfo) -> list[int]:
 
 def chunk_for(engine: Engine, info: ModelInfo, device: DeviceInfo, wanted: int | None) -> int:
     """Prompt tokens per piece; 0 for whole prompts."""
-    if isinstance(engine, InferRequestBackend) and engine.whole_prompts:
-        return 0
+    if isinstance(engine, InferRequestBackend):
+        # It can stop within a pass, and OpenVINO computes many tokens slower behind others that are cached.
+        return 0 if wanted is None or engine.whole_prompts else wanted
     if wanted is not None:
         return wanted
     return LARGE_MODEL_CHUNK if device.kind == "CPU" and info.weight_bytes > 2**30 else PREFILL_CHUNK

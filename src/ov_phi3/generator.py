@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.backends import Backend, Emit, EngineReport, Hypothesis, Request
+from ov_phi3.backends import Backend, Cancelled, Emit, EngineReport, Hypothesis, Request
 from ov_phi3.errors import ContextOverflowError
 from ov_phi3.generation_config import GenerationConfig
 
@@ -43,14 +43,10 @@ LARGE_MODEL_CHUNK = 256
 is little beside that."""
 
 Watch = Callable[[int, int], bool]
-"""Told how many prompt tokens are prefilled, of how many; False asks to stop."""
+"""Told how many prompt tokens are prefilled, of how many, or -1 for no news; False asks to stop."""
 
 _PAST = b"past the LongRoPE boundary"
 _SECOND_SEED = 0x9E3779B9  # 2**32 / golden ratio: the reply goes on with other random numbers than it began with
-
-
-class Cancelled(Exception):  # noqa: N818 - not a failure
-    """The prefill was stopped between two pieces."""
 
 
 @dataclass
@@ -90,6 +86,7 @@ class Generator:
         Raises:
             Cancelled: `watch` asked to stop before the first token.
         """
+        request = replace(request, wanted=_wanted(watch))
         room = self.reply_room(len(request.ids))
         limit = request.config.max_new_tokens or 0
         if room is None or limit <= room:
@@ -113,7 +110,7 @@ class Generator:
         Raises:
             Cancelled: `watch` asked to stop.
         """
-        request, ledger = self._sided(backend, request)
+        request, ledger = self._sided(backend, replace(request, wanted=_wanted(watch)))
         assert ledger is not None, "the engine has no cache"
         request, _, _ = self._prefill(backend, request, ledger, watch)
         if self.cached_tokens(request.ids) < len(request.ids):
@@ -127,6 +124,7 @@ class Generator:
             Cancelled: `watch` asked to stop.
         """
         total, boundary = len(request.ids), self.rope_boundary
+        request = replace(request, wanted=_wanted(watch))
         cut = start
         if boundary is not None and start <= boundary < total - 1:
             cut = boundary + 1  # the last id that is predicted by the short factors has as many before it
@@ -304,6 +302,11 @@ def _others(config: GenerationConfig, longest: int, block: int) -> int:
     """
     own = longest if (config.num_beams or 1) > 1 else -(-longest // block)
     return _sequences(config) * (own + 1)
+
+
+def _wanted(watch: Watch) -> Callable[[], bool]:
+    """Whether a reply is still wanted; tells no progress."""
+    return lambda: watch(-1, 0)
 
 
 def _ask(watch: Watch, done: int, total: int) -> None:

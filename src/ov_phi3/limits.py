@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,4 +139,7 @@ def seconds(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not value > 0:
         raise ConfigError(f"{name}={value}; expected a number of seconds above 0, or None for as long as it takes.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

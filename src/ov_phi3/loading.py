@@ -93,7 +93,8 @@ def load(
         kv_cache_gb: most memory for the KV cache, in GiB; default: enough for one conversation of `context_length` on
             the CPU, as it grows on a GPU.
         prefill_chunk: prompt tokens computed at once; between two such pieces progress is told and a reply can be
-            cancelled. Default 2048, and 256 on a CPU with a model of over 1 GiB; 0 computes whole prompts.
+            cancelled. Default 2048, and 256 on a CPU with a model of over 1 GiB; 0 computes whole prompts, which is the
+            default of "infer_request": it can be cancelled within a prompt.
         template: the chat layout; default: the one that the model's own chat template describes.
 
     Raises:

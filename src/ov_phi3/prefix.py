@@ -183,7 +183,7 @@ def computed(
     """The keys and values of these ids, computed where they are not there yet. To be called in a turn."""
 
     def watch(done: int, total: int) -> bool:
-        if on_prefill is not None:
+        if on_prefill is not None and done >= 0:
             on_prefill(done, total)
         return pipeline._still_open()
 

@@ -245,7 +245,7 @@ class ChatTemplate:
             if key not in message:
                 raise TemplateError(f"{where} has no {key!r}: {dict(message)!r}.")
         role = message["role"]
-        if role not in self.roles:
+        if not isinstance(role, str) or role not in self.roles:
             raise TemplateError(f"{where} has the role {role!r}; {self._roles_help(role)}")
         content = _text_of(message["content"], where)
         tools = message.get("tools")
@@ -256,7 +256,7 @@ class ChatTemplate:
         return role, content, tools
 
     def _roles_help(self, role: object) -> str:
-        if role == "system":
+        if isinstance(role, str) and role == "system":
             return (
                 f"the {self.name} layout has no system turn, and the model's own template drops it without a word. "
                 "Put the text in front of the first user message."

@@ -25,6 +25,10 @@ def verify(directory: Path) -> list[str]:
         RuntimeError: something does not load, or gives nothing usable.
     """
     import numpy as np
+
+    from ov_phi3._core import import_openvino
+
+    import_openvino()
     import openvino as ov
     import openvino_genai
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
     from ov_phi3.results import TokenLogprob
 
-__all__ = ["BACKENDS", "Backend", "CallbackFailed", "Emit", "EngineReport", "Hypothesis", "PrefixCache", "Request"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CallbackFailed",
+    "Cancelled",
+    "Emit",
+    "EngineReport",
+    "Hypothesis",
+    "PrefixCache",
+    "Request",
+]
 
 BACKENDS = ("llm_pipeline", "infer_request")
 """Names that `load(backend=...)` takes."""
@@ -22,6 +32,10 @@ BACKENDS = ("llm_pipeline", "infer_request")
 
 class CallbackFailed(Exception):  # noqa: N818 - what failed is its cause
     """A callback of the caller's raised; what it raised is the `__cause__`, and is what the caller gets."""
+
+
+class Cancelled(Exception):  # noqa: N818 - not a failure
+    """The prefill was stopped, between two pieces or within one."""
 
 
 class Emit(Protocol):
@@ -44,6 +58,7 @@ class Request:
         alone: take nothing from what earlier requests left in the cache, so that the arithmetic is the same whatever
             ran before; for an engine whose cache is known token by token.
         keep: the conversation may go on, so that what is cached of it is worth keeping whole.
+        wanted: asked now and then during a long pass; an engine that can stop within one does so when it says False.
     """
 
     ids: NDArray[np.int64]
@@ -52,6 +67,7 @@ class Request:
     past_boundary: bool = False
     alone: bool = False
     keep: bool = False
+    wanted: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Slot:
         past: whether its keys were rotated with the long factors of LongRoPE.
         keep: whether its conversation may go on, so that it is not cut for another.
         used: when it was last used.
+        stepping: whether the request has the tensors of a step of one token.
         busy: whether its state and its ids are being changed; a failure meanwhile leaves it so, and its state unknown.
     """
 
@@ -48,6 +49,7 @@ class Slot:
         self.keep = False
         self.used = 0
         self.busy = False
+        self.stepping = False
         self._ids = np.empty(64, dtype=np.int64)
         self._length = 0
 
