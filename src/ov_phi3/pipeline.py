@@ -259,7 +259,7 @@ class Pipeline:
     def warmup(self) -> float:
         """Run one short inference now, so that the first request does not pay for it; returns its milliseconds."""
         begun = time.perf_counter()
-        self.generate(self._probe_ids(), max_new_tokens=2, ignore_eos=True, do_sample=False)
+        self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False)
         return (time.perf_counter() - begun) * 1000.0
 
     # -- ending ------------------------------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ class Pipeline:
                 thread.join()
         if backend is not None:
             last = Turn()
-            self._turns.join(last)  # behind a prefill, a score or a save in another thread, which ends early
             try:
+                self._turns.join(last)  # behind a prefill, a score or a save in another thread, which ends early
                 self._turns.begin(last)
                 backend.close()
             finally:
@@ -381,8 +381,8 @@ class Pipeline:
             GenerationError: the engine failed.
         """
         turn = Turn()
-        self._turns.join(turn)
         try:
+            self._turns.join(turn)
             self._turns.begin(turn)
             self._asked = True
             yield self._own_loop("this")
@@ -399,6 +399,3 @@ class Pipeline:
     @functools.cached_property
     def _identity(self) -> dict[str, str]:
         return identity_of(self.info, self.tokenizer.template)
-
-    def _probe_ids(self) -> NDArray[np.int64]:
-        return self.encode("Hi")
