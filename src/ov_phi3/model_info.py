@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ov_phi3._model.config import JsonFile, Phi3Config, read_json
-from ov_phi3._model.files import Ir, check_directory, check_files, fingerprint
+from ov_phi3._model.files import Ir, check_directory, check_files, expanded, fingerprint
 from ov_phi3._model.tokens import AddedToken, TokenizerFiles, end_token_ids, family_of
-from ov_phi3._paths import expanded
 from ov_phi3.errors import ModelError
 
 __all__ = ["MANIFEST", "AddedToken", "ModelInfo"]

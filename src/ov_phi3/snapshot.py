@@ -38,7 +38,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3._paths import expanded
+from ov_phi3._model.files import expanded
 from ov_phi3.errors import SnapshotError
 from ov_phi3.kv_tensors import DTYPES, KVTensors, KVValue, names
 

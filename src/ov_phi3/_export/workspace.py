@@ -11,8 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from ov_phi3._model.files import UNFINISHED
-from ov_phi3._paths import expanded
+from ov_phi3._model.files import UNFINISHED, expanded
 from ov_phi3.errors import ExportError
 
 __all__ = ["Workspace", "check_output"]

@@ -12,7 +12,7 @@ import numpy as np
 from ov_phi3._core import shared_core
 from ov_phi3.backends.longrope_ir import UnknownGraph, with_marked_ids
 
-__all__ = ["ROWS", "Graph", "read"]
+__all__ = ["ROWS", "Graph"]
 
 ROWS = "logits_rows"
 """Name of the input that says of which tokens of a pass logits are wanted; int64, shape [rows]."""
@@ -47,11 +47,6 @@ class Graph:
         if not self.marks:
             self.model = shared_core().read_model(xml)
         self.rows = _choose_rows(self.model)
-
-
-def read(model_dir: Path, rope_boundary: int | None) -> Graph:
-    """Read a model's graph."""
-    return Graph(model_dir, rope_boundary)
 
 
 def _choose_rows(model: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ov_phi3._core import keeping_signal_stack, never_freed_in_children, shared_core
 from ov_phi3.backends import Cancelled, EngineReport, Hypothesis
-from ov_phi3.backends.graph import ROWS, read
+from ov_phi3.backends.graph import ROWS, Graph
 from ov_phi3.backends.kv_slots import KVSlots, Slot
 from ov_phi3.backends.longrope_ir import mark
 from ov_phi3.errors import ConfigError
@@ -107,7 +107,7 @@ class InferRequestBackend:
         self._boundary = rope_boundary
         self.doubts: list[str] = []
         with keeping_signal_stack():
-            graph = read(model_dir, rope_boundary)
+            graph = Graph(model_dir, rope_boundary)
             self._compiled: Any = shared_core().compile_model(graph.model, device, dict(properties))
         self._graph = graph
         self._inputs = {name for port in graph.model.inputs for name in port.get_names()}
