@@ -93,7 +93,7 @@ class Generator:
             return self._piece(backend, request, emit, watch)
         first = _Counted(emit)
         report = self._piece(backend, self._shorter(request, room), first, watch)
-        if first.stopped or len(first.ids) < room or first.ids[-1] in _ends(request):
+        if first.stopped or len(first.ids) < room or first.ids[-1] in request.ends:
             return replace(report, hit_limit=False)
         whole = np.concatenate([request.ids, np.array(first.ids, dtype=np.int64)])
         rest = _Counted(emit)
@@ -312,11 +312,6 @@ def _wanted(watch: Watch) -> Callable[[], bool]:
 def _ask(watch: Watch, done: int, total: int) -> None:
     if not watch(done, total):
         raise Cancelled
-
-
-def _ends(request: Request) -> set[int]:
-    config = request.config
-    return {*(config.stop_token_ids or ()), *(() if config.ignore_eos else request.end_ids)}
 
 
 def _joined(first: EngineReport, second: EngineReport, before: int, after: int, recomputed: int) -> EngineReport:

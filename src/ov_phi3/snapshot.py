@@ -101,17 +101,16 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot) -> int:
     header = _header(snapshot, len(conversation))
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _removed_on_failure(partial), partial.open("xb") as file:
-            file.write(header)
-            _write_tensors(file, snapshot, conversation)
-            file.write(hashlib.sha256(header).digest())
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        partial.replace(target)
+        with _removed_on_failure(partial):
+            with partial.open("xb") as file:
+                file.write(header)
+                _write_tensors(file, snapshot, conversation)
+                file.write(hashlib.sha256(header).digest())
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            partial.replace(target)
     except OSError as exc:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         held = " A snapshot that is loaded from it may hold it open." if sys.platform == "win32" else ""
         raise SnapshotError(f"{target} cannot be written: {exc.strerror or exc}.{held}") from exc
     return size

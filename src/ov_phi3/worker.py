@@ -186,9 +186,7 @@ class Reply:
     def _reason(self, report: EngineReport | None) -> FinishReason:
         if self._stops.matched is not None:
             return "stop"
-        config = self._request.config
-        ends = {*(config.stop_token_ids or ()), *(() if config.ignore_eos else self._request.end_ids)}
-        if self._ids and self._ids[-1] in ends:
+        if self._ids and self._ids[-1] in self._request.ends:
             return "stop"
         if self._channel.cancelled:
             return "cancelled"

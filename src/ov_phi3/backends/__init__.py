@@ -69,6 +69,11 @@ class Request:
     keep: bool = False
     wanted: Callable[[], bool] | None = None
 
+    @property
+    def ends(self) -> set[int]:
+        """Every id that ends the reply: those asked for, and the model's own unless they are to be ignored."""
+        return {*(self.config.stop_token_ids or ()), *(() if self.config.ignore_eos else self.end_ids)}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:

@@ -164,7 +164,7 @@ class InferRequestBackend:
         begun = time.perf_counter()
         config = request.config
         sampler = Sampler(config, request.ids, request.end_ids)
-        ends = {*(config.stop_token_ids or ()), *(() if config.ignore_eos else request.end_ids)}
+        ends = request.ends
         limit = config.max_new_tokens or 0
         slot = self.slots.begin(request)
         logits = self._pass(slot, request.ids[slot.length :], wanted=request.wanted)[-1]

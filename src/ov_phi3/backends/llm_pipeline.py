@@ -195,8 +195,7 @@ class LLMPipelineBackend:
                 f"{given[0]} needs a pipeline loaded with ov_config={{'prompt_lookup': True}} (or a draft model)."
             )
         config = request.config.replace(stop=None, include_stop=None).to_genai()
-        ends = set() if request.config.ignore_eos else set(request.end_ids)
-        config.stop_token_ids = ends | set(request.config.stop_token_ids or ())
+        config.stop_token_ids = request.ends
         config.eos_token_id = request.end_ids[0] if request.end_ids else -1
         if self._assisted and not given:
             config.num_assistant_tokens = 5  # GenAI's own default for prompt lookup and draft models
