@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "scripts" / "models"
 REQUIREMENTS = ROOT / "scripts" / "requirements"
+# Every package of the test environment with its version and its hashes; scripts/lock.py writes it.
+LOCK = ROOT / "scripts" / "requirements-test.lock"
+# Never in the lock: torch, and what only torch brings along. An index of CPU builds and the public one have the same
+# torch==X in different files (and versions, X+cpu), so a hash would shut one of them out, and the CUDA packages come
+# with some of these files only. torchvision is what optimum-intel asks for and an export never uses.
+NOT_LOCKED = re.compile(r"torch|torchvision|triton|(nvidia|cuda)-.+")
 EXPORTER = (
     "optimum-intel",
     "optimum",
@@ -267,13 +273,52 @@ def venv_command(venv: Path, name: str) -> Path:
     return venv_python(venv).with_name(f"{name}.exe" if os.name == "nt" else name)
 
 
-def environment_stamp(venv: Path, requirements: Sequence[str], *, library: bool = True) -> str:
+@dataclass(frozen=True)
+class Locked:
+    """A package of the lock: one version of it, for the machines that the marker is true on."""
+
+    name: str
+    version: str
+    marker: str
+    hashes: tuple[str, ...]
+
+
+_LOCKED = re.compile(
+    r"(?P<name>[a-z0-9]+(-[a-z0-9]+)*)==(?P<version>[A-Za-z0-9.!+]+)( ; (?P<marker>[^#\\]+?))?"
+    r"(?P<hashes>( --hash=sha256:[0-9a-f]{64})+)"
+)
+
+
+def read_lock(path: Path) -> list[Locked]:
+    """Return the packages of a lock; a package may be there more than once, with markers that exclude each other.
+
+    Raises:
+        BootstrapError: A line is anything but one version of a package with its hashes.
+    """
+    text = re.sub(r"\s*\\\r?\n\s*", " ", path.read_text(encoding="utf-8"))
+    packages = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LOCKED.fullmatch(line.strip())
+        if match is None:
+            raise BootstrapError(f"{path.name}: not one version of a package with its hashes: {line[:100]!r}")
+        hashes = tuple(re.findall(r"sha256:([0-9a-f]{64})", match["hashes"]))
+        packages.append(Locked(match["name"], match["version"], match["marker"] or "", hashes))
+    return packages
+
+
+def environment_stamp(
+    venv: Path, requirements: Sequence[str], *, library: bool = True, lock_file: Path | None = None
+) -> str:
     """Return what an environment was made from: a change of any of it means making it again.
 
     The place is part of it, since an environment cannot be moved; the library's code is not, since it is installed
     editable.
     """
     files = [REQUIREMENTS / f"{name}.txt" for name in requirements]
+    if lock_file is not None:
+        files.append(lock_file)
     checkout: tuple[str | Path, ...] = (str(ROOT), ROOT / "pyproject.toml") if library else ()
     return digest(str(venv), *checkout, sys.version, sys.base_prefix, *requirements, *files)
 
@@ -332,10 +377,12 @@ def clear_environment(venv: Path) -> None:
 
 
 def install_commands(
-    python: Path, requirements: Sequence[str], *, library: bool = True
+    python: Path, requirements: Sequence[str], *, library: bool = True, lock_file: Path | None = None
 ) -> list[tuple[str, list[str | Path]]]:
     """Return the pip calls that fill an environment, in their order; the requirement files say why."""
     pip: list[str | Path] = [python, "-m", "pip", "install", "--progress-bar", "off"]
+    if lock_file is not None:
+        return _locked_commands(pip, requirements, library, lock_file)
     torch = REQUIREMENTS / "torch.txt"
     exporter = "export" in requirements
     commands: list[tuple[str, list[str | Path]]] = []
@@ -351,21 +398,44 @@ def install_commands(
     return commands
 
 
+def _locked_commands(
+    pip: list[str | Path], requirements: Sequence[str], library: bool, lock_file: Path
+) -> list[tuple[str, list[str | Path]]]:
+    """Return the pip calls that fill an environment from a lock."""
+    # Wheels only: building a source distribution runs its code, and fetches what it is built with past the lock.
+    exact: list[str | Path] = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    commands = [(f"install the packages of {lock_file.name}", [*pip, *exact, "-r", lock_file])]
+    # After the lock, so that pip finds what torch needs in place already, in the locked versions.
+    commands += [(f"install {name}", [*pip, "-r", REQUIREMENTS / f"{name}.txt"]) for name in requirements]
+    if library:
+        # Built with the backend that the lock put there, so nothing is left to fetch.
+        ours: list[str | Path] = ["--no-deps", "--no-index", "--no-build-isolation", "-e", ROOT]
+        commands.append(("install ov-phi3", [*pip, *ours]))
+    return commands
+
+
+def ensure_test_environment(venv: Path) -> Path:
+    """Make the environment of the tests from the lock, or reuse it; return its interpreter."""
+    return ensure_environment(venv, ["torch"], lock_file=LOCK)
+
+
 def ensure_environment(
     venv: Path,
     requirements: Sequence[str],
     *,
     library: bool = True,
     variables: Mapping[str, str] | None = None,
+    lock_file: Path | None = None,
 ) -> Path:
     """Make an environment with the named requirement files and, unless told otherwise, the library (editable), or reuse
-    it; return its interpreter. ``variables`` are for the builds of packages that come as source only.
+    it; return its interpreter. ``variables`` are for the builds of packages that come as source only. With a
+    ``lock_file``, its packages go in first, checked against its hashes, and the requirement files are for the rest.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 - the one place that an older Python may reach
         raise BootstrapError(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     venv = venv.absolute()
     names = [*requirements, *(("torch", "export-no-deps") if "export" in requirements else ())]
-    stamp = environment_stamp(venv, names, library=library)
+    stamp = environment_stamp(venv, names, library=library, lock_file=lock_file)
 
     def works(place: Path) -> bool:
         return _starts(place) if library else _starts(place, "pip")
@@ -377,9 +447,10 @@ def ensure_environment(
         clear_environment(venv)
         venv.mkdir(parents=True)
         (venv / MARKER).write_text("Made by a script of ov-phi3, which may remove it.\n", encoding="utf-8")
-        log = _new_log(f"install-{venv.name.strip('.')}")
+        log = new_log(f"install-{venv.name.strip('.')}")
         run_step(f"make the environment {venv}", [sys.executable, "-m", "venv", venv], log)
-        for title, command in install_commands(venv_python(venv), requirements, library=library):
+        commands = install_commands(venv_python(venv), requirements, library=library, lock_file=lock_file)
+        for title, command in commands:
             run_step(title, command, log, variables=variables)
         if not works(venv):
             raise BootstrapError(f"the new environment {venv} does not start -- log: {log}")
@@ -387,7 +458,7 @@ def ensure_environment(
     return venv_python(venv)
 
 
-def _new_log(name: str) -> Path:
+def new_log(name: str) -> Path:
     """Return an empty log file."""
     log = cache_dir() / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -503,7 +574,7 @@ def build_whole(name: str, final: Path, command: Callable[[Path], Sequence[str |
     with tempfile.TemporaryDirectory(dir=home, prefix=f".building-{name}-", ignore_cleanup_errors=True) as folder:
         out = Path(folder) / name
         verb = "build" if name.endswith("-hf") else "export"
-        run_step(f"{verb} the model {name}", command(out), _new_log(f"model-{name}"))
+        run_step(f"{verb} the model {name}", command(out), new_log(f"model-{name}"))
         if not out.is_dir():
             raise BootstrapError(f"making {name} left no directory {out}")
         final.parent.mkdir(exist_ok=True)

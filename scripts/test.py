@@ -1,4 +1,5 @@
-"""Check a checkout: make an environment and the test models, then lint, types, documentation and all tests.
+"""Check a checkout: make an environment and the test models, then lint, types, documentation, the audit of the
+packages and all tests.
 
 Everything that this script does not know itself goes to pytest, as in ``python scripts/test.py -k stream``. All stages
 run, also after one has failed; the exit code is 0 only if every one of them passed.
@@ -13,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of
+from _bootstrap import ROOT, child_environment, ensure_model, ensure_test_environment, main_of
 
 TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32", "longrope64-fp32", "longrope256-fp32", "sliding-fp32")
-STAGES = ("lint", "format", "types", "docs", "tests")
+STAGES = ("lint", "format", "types", "docs", "audit", "tests")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def stage_command(stage: str, pytest_arguments: list[str]) -> list[str] | None:
         "format": ["-m", "ruff", "format", "--check", "."],
         "types": ["-m", "mypy"],
         "docs": ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(ROOT / "site")],
+        "audit": ["scripts/audit.py"],
         "tests": ["-m", "pytest", *pytest_arguments],
     }[stage]
 
@@ -61,7 +63,7 @@ def run_stage(stage: str, python: Path, pytest_arguments: list[str], env: dict[s
     command = stage_command(stage, pytest_arguments)
     if command is None:
         return Outcome(stage, "nothing to check", 0.0)
-    print(f"\n== {stage}: {' '.join(command[1:])}", flush=True)
+    print(f"\n== {stage}: {' '.join(command).removeprefix('-m ')}", flush=True)
     began = time.monotonic()
     done = subprocess.run([str(python), *command], cwd=ROOT, check=False, env=env)
     result = "passed" if done.returncode == 0 else f"FAILED (exit code {done.returncode})"
@@ -72,7 +74,7 @@ def main() -> int:
     """Run the stages and sum up."""
     options, pytest_arguments = parse_arguments()
     stages = [stage for stage in STAGES if options.stage is None or stage in options.stage]
-    python = ensure_environment(options.venv, ["export", "test", "docs", "bench"])
+    python = ensure_test_environment(options.venv)
     if "tests" in stages and not os.environ.get("OV_PHI3_MODELS"):
         for name in TEST_MODELS:
             ensure_model(name, python)

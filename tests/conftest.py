@@ -139,3 +139,12 @@ def tiny_pipe(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
     with ov_phi3.load(tiny_fp32, device=device) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def tiny_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
+    """The same, with four requests at once. Shared by all tests: leave it as it was."""
+    import ov_phi3
+
+    with ov_phi3.load(tiny_fp32, device=device, concurrency=4) as loaded:
+        yield loaded

@@ -90,7 +90,7 @@ def test_a_tokenizer_that_points_outside_itself(
     assert "is damaged: a table of strings points outside" in done.stdout
 
 
-@pytest.mark.parametrize("pipes", ["tiny_pipe", "tiny_loop"])
+@pytest.mark.parametrize("pipes", ["tiny_pipe", "tiny_loop", "tiny_batch"])
 class TestManyAtOnce:
     """8 threads and 50 tasks with 20 requests each: every one gets the answer that it gets alone."""
 

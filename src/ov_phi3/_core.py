@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["import_openvino", "keeping_signal_stack", "never_freed_in_children", "shared_core"]
+__all__ = ["give_memory_back", "import_openvino", "keeping_signal_stack", "never_freed_in_children", "shared_core"]
 
 _lock = threading.Lock()
 
@@ -90,6 +90,15 @@ def keeping_signal_stack() -> Iterator[None]:
     finally:
         if known:
             change(ctypes.byref(before), None)
+
+
+def give_memory_back() -> None:
+    """Have the C library give memory that was freed to the system, where it has a function for that (glibc).
+
+    Loading frees much: graphs, weights as they were in the file. glibc keeps that in the arena of each thread.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def shared_core() -> openvino.Core:

@@ -25,7 +25,7 @@ from ov_phi3.errors import ClosedError, ModelError, forked
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DetokenizerGraph", "TokenizerGraph", "check_tables"]
+__all__ = ["DetokenizerGraph", "TokenizerGraph", "for_engine"]
 
 # Graphs hold operations that live in the extension library, and unloading it before the last of them is gone crashes
 # the interpreter at exit. The shared Core is never freed.
@@ -66,14 +66,41 @@ def _read(path: Path) -> Any:
     return model
 
 
-def check_tables(model_dir: Path) -> None:
-    """Refuse a tokenizer that would kill the process; for who hands a directory to an engine that opens it itself.
+def for_engine(model_dir: Path, *, whole: bool) -> tuple[Any, ...]:
+    """What `openvino_genai.Tokenizer` takes, for an engine that is given ids.
+
+    It needs the vocabulary (structured output) and the special tokens' ids (chat templates). The tables that make ids
+    of text are left out, which `TokenizerGraph` has once already, unless it is to be `whole`: an engine with a draft
+    model compares what their tokenizers make of a text.
 
     Raises:
-        ModelError: a table of strings points outside, or a graph cannot be read.
+        ModelError: a graph cannot be read, or a table of strings points outside, which would kill the process.
     """
-    for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
-        _read(model_dir / name)
+    import openvino
+
+    tokenizer, detokenizer = (model_dir / f"openvino_{name}tokenizer.xml" for name in ("", "de"))
+    _read(detokenizer)
+    if whole:
+        _read(tokenizer)
+        return (str(model_dir),)
+    try:
+        _, begin, facts = tokenizer.read_text(encoding="utf-8").rpartition("<rt_info>")
+        graph = detokenizer.read_text(encoding="utf-8")
+        weights = np.fromfile(detokenizer.with_suffix(".bin"), dtype=np.uint8)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ModelError(f"the tokenizer files in {model_dir} could not be read ({exc}). Export again.") from exc
+    ending = begin + facts if begin and "</net>" in facts else "</net>"
+    return _TEXT_IN_TEXT_OUT + ending, openvino.Tensor(np.zeros(1, np.uint8)), graph, openvino.Tensor(weights)
+
+
+_TEXT_IN_TEXT_OUT = """<?xml version="1.0"?>
+<net name="tokenizer" version="11"><layers>
+<layer id="0" name="text" type="Parameter" version="opset1"><data shape="?" element_type="string"/>
+<output><port id="0" precision="STRING"><dim>-1</dim></port></output></layer>
+<layer id="1" name="same" type="Result" version="opset1">
+<input><port id="0" precision="STRING"><dim>-1</dim></port></input></layer>
+</layers><edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges>
+"""
 
 
 def _tables_hold(op: Any) -> bool:
@@ -232,26 +259,25 @@ class DetokenizerGraph:
         """What the token adds to a text, or nothing for an id that only pads the vocabulary."""
         if not 0 <= token_id < self.size:
             return b""
-        return self._bytes[self._begins[token_id] + self._anchor : self._ends[token_id]]
+        return self._bytes[self._begins[token_id] + self._anchor : self._ends[token_id]].tobytes()
 
     def _read_table(self, request: Any) -> None:
         """Decode every id behind an anchor token, so that what happens at the start of a text does not show."""
-        single = self._decode(request, np.arange(self.size, dtype=np.int64)[:, None])
-        anchor = single.index(b"a") if b"a" in single else next(i for i, s in enumerate(single) if s.isalpha())
-        self._anchor = len(single[anchor])
-        pairs = np.stack([np.full(self.size, anchor, np.int64), np.arange(self.size, dtype=np.int64)], axis=1)
+        every = np.arange(self.size, dtype=np.int64)
+        begins, ends, chars = self._infer(request, every[:, None])
+        plain = np.flatnonzero((ends - begins == 1) & (chars[np.minimum(begins, chars.size - 1)] == ord("a")))
+        anchor = plain[0] if plain.size else next(i for i in every if chars[begins[i] : ends[i]].tobytes().isalpha())
+        self._anchor = ends[anchor] - begins[anchor]
+        pairs = np.stack([np.full_like(every, anchor), every], axis=1)
         self._begins, self._ends, self._bytes = self._infer(request, pairs)
         spaced = next((i for i in range(self.size) if self.token_bytes(i).startswith(b" ")), None)
-        self.strips_space = spaced is not None and single[spaced] != self.token_bytes(spaced)
-
-    def _decode(self, request: Any, ids: NDArray[np.int64]) -> list[bytes]:
-        begins, ends, raw = self._infer(request, ids)
-        return [raw[b:e] for b, e in zip(begins, ends, strict=True)]
+        alone = b"" if spaced is None else chars[begins[spaced] : ends[spaced]].tobytes()
+        self.strips_space = spaced is not None and alone != self.token_bytes(spaced)
 
     @staticmethod
-    def _infer(request: Any, ids: NDArray[np.int64]) -> tuple[list[int], list[int], bytes]:
-        begins, ends, chars = request.infer([ids]).values()
-        return np.array(begins).tolist(), np.array(ends).tolist(), np.array(chars).tobytes()
+    def _infer(request: Any, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+        begins, ends, chars = (np.array(out) for out in request.infer([ids]).values())
+        return begins, ends, chars
 
 
 # A tokenizer takes microseconds: more than one thread or stream would only cost memory and load time.

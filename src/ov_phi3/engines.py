@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from ov_phi3 import device as devices
 from ov_phi3 import versions
 from ov_phi3._core import shared_core
-from ov_phi3._tokenizer_ir import check_tables
 from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
@@ -67,6 +66,7 @@ def open_engine(
     opening: Opening,
     *,
     must_page: bool,
+    batch_step: int | None = None,
 ) -> Opened:
     """An engine of the backend's kind.
 
@@ -78,26 +78,32 @@ def open_engine(
         pool: its KV cache.
         opening: the tokenizer, which is opened meanwhile.
         must_page: whether paged attention is not to be done without, as the cache's size was asked for.
+        batch_step: run several requests at once, and compute at most so many tokens in a step (0: any number).
 
     Raises:
         ConfigError, DeviceError, ModelError: it does not load; which of them tells why.
     """
     if backend == "infer_request":
         return _open_own_loop(info, device, properties, pool, opening)
-    return _open_llm_pipeline(info, device, properties, pool, opening, must_page)
+    return _open_llm_pipeline(info, device, properties, pool, opening, must_page, batch_step)
 
 
 def _open_llm_pipeline(
-    info: ModelInfo, device: DeviceInfo, given: dict[str, Any], pool: KVPool, opening: Opening, must_page: bool
+    info: ModelInfo,
+    device: DeviceInfo,
+    given: dict[str, Any],
+    pool: KVPool,
+    opening: Opening,
+    must_page: bool,
+    batch_step: int | None,
 ) -> Opened:
     """The engine: on paged attention, or without it where it cannot have that."""
-    check_tables(info.path)  # it opens the tokenizer, too
     try:
-        return _open_with(info, device, given, pool.properties(given), pool, opening)
+        return _open_with(info, device, given, pool.properties(given, batch_step or 0), pool, opening, batch_step)
     except Error:
         raise
     except Exception as exc:
-        if pool.scheduler and not must_page and "ATTENTION_BACKEND" not in given:
+        if pool.scheduler and not must_page and batch_step is None and "ATTENTION_BACKEND" not in given:
             given = {**given, "ATTENTION_BACKEND": "SDPA"}
             with contextlib.suppress(Exception):
                 opened = _open_with(info, device, given, given, pool, opening)
@@ -116,6 +122,7 @@ def _open_with(
     properties: dict[str, Any],
     pool: KVPool,
     opening: Opening,
+    batch_step: int | None = None,
 ) -> Opened:
     def compile_with(cache_dir: str) -> LLMPipelineBackend:
         return LLMPipelineBackend(
@@ -124,6 +131,7 @@ def _open_with(
             {**properties, "CACHE_DIR": cache_dir},
             block_size=pool.layout.block_size,
             rope_boundary=info.rope_boundary,
+            batches=batch_step is not None,
         )
 
     engine, state, folder, probe, seen = _compiled(compile_with, info, device, properties, opening)

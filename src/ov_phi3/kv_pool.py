@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["KVPool", "plan"]
 
 _GIB = 2**30
-# A whole prompt in one step, as in GenAI's own latency setting. The default of 256 is meant for many users at once.
+# A whole prompt in one step, as in GenAI's own latency setting.
 _WHOLE_PROMPTS = 2**31 - 1
 # What the default may take of the memory that is free beside the model. The rest is for prefill and for others.
 _SHARE = 0.5
@@ -45,8 +45,13 @@ class KVPool:
     because: str = ""
     doubts: tuple[str, ...] = ()
 
-    def properties(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The engine's properties with a scheduler for this pool, where it needs one and has none."""
+    def properties(self, given: Mapping[str, Any], step: int = 0) -> dict[str, Any]:
+        """The engine's properties with a scheduler for this pool, where it needs one and has none.
+
+        Args:
+            given: the properties.
+            step: most tokens to compute at once; 0 for any number.
+        """
         if not self.scheduler:
             return dict(given)
         import openvino_genai
@@ -54,7 +59,7 @@ class KVPool:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.num_kv_blocks = self.num_blocks
         scheduler.enable_prefix_caching = True
-        scheduler.max_num_batched_tokens = _WHOLE_PROMPTS
+        scheduler.max_num_batched_tokens = step or _WHOLE_PROMPTS
         return {**given, "scheduler_config": scheduler}
 
 
@@ -65,6 +70,7 @@ def plan(
     *,
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
+    conversations: int = 1,
     memory: host.Memory | None = None,
 ) -> KVPool:
     """The KV cache for a model on a device.
@@ -79,6 +85,7 @@ def plan(
         properties: the engine's, as the user gave them.
         context_length: the window that was asked for, in tokens; None for the model's own.
         kv_cache_gb: the most that the cache may take, in GiB.
+        conversations: how many run at once.
         memory: the machine's; default: as it is now.
 
     Raises:
@@ -102,7 +109,7 @@ def plan(
     # A draft model shares the places of a cache of fixed size with the model, by GenAI's own reckoning.
     if not paged or device.kind != "CPU" or "draft_model" in properties:
         return KVPool(layout, 0, window, paged)
-    return _in_memory(info, layout, window, context_length is not None, memory or host.Probe().memory())
+    return _in_memory(info, layout, window, context_length is not None, conversations, memory or host.Probe().memory())
 
 
 def _budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
@@ -129,15 +136,17 @@ def _fitted(window: int, blocks: int, layout: KVLayout, because: str) -> tuple[i
     return (fits, because) if fits < window else (window, "")
 
 
-def _in_memory(info: ModelInfo, layout: KVLayout, window: int, asked: bool, memory: host.Memory | None) -> KVPool:
-    """A pool for one whole conversation, or for what the memory holds."""
-    blocks = -(-window // layout.block_size) + 1
+def _in_memory(
+    info: ModelInfo, layout: KVLayout, window: int, asked: bool, conversations: int, memory: host.Memory | None
+) -> KVPool:
+    """A pool for whole conversations, or for what the memory holds; one of them can have all of it."""
+    blocks = conversations * (-(-window // layout.block_size) + 1)
     size = layout.block_bytes(info)
     if memory is None:
         return KVPool(layout, blocks, window, scheduler=True)
     free = memory.available - int(_WEIGHTS * info.weight_bytes)
     if asked and blocks * size > free:
-        fits = max(0, free // size - 1) * layout.block_size
+        fits = max(0, free // size // conversations - 1) * layout.block_size
         raise ConfigError(
             f"context_length={window} needs {blocks * size / _GIB:.1f} GiB of KV cache, and {max(0, free) / _GIB:.1f} "
             f"GiB are free beside the model. Ask for at most {fits} tokens, or for a smaller KV_CACHE_PRECISION."
@@ -150,5 +159,5 @@ def _in_memory(info: ModelInfo, layout: KVLayout, window: int, asked: bool, memo
             f"GiB of KV cache, and {max(0, free) / _GIB:.1f} GiB are free beside the model. Pass context_length= or "
             "kv_cache_gb= to choose it yourself."
         )
-        return KVPool(layout, fewer, fits, True, because, (doubt,))
+        return KVPool(layout, fewer, fits, True, because, (doubt,) if because else ())
     return KVPool(layout, blocks, window, scheduler=True)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
+from ov_phi3._core import give_memory_back
 from ov_phi3.backends import BACKENDS, Backend
 from ov_phi3.backends.infer_request import infer_request_properties
 from ov_phi3.engines import ASSISTED, chunk_for, open_engine
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.generator import Generator
-from ov_phi3.kv_pool import plan
+from ov_phi3.generator import LARGE_MODEL_CHUNK, Generator
+from ov_phi3.kv_pool import KVPool, plan
 from ov_phi3.model_info import ModelInfo
 from ov_phi3.pipeline import Pipeline
 from ov_phi3.template import ChatTemplate, Message
@@ -76,6 +77,7 @@ def load(
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
     prefill_chunk: int | None = None,
+    concurrency: int = 1,
     template: ChatTemplate | None = None,
 ) -> Pipeline:
     """Load an exported model.
@@ -95,6 +97,8 @@ def load(
         prefill_chunk: prompt tokens computed at once; between two such pieces progress is told and a reply can be
             cancelled. Default 2048, and 256 on a CPU with a model of over 1 GiB; 0 computes whole prompts, which is the
             default of "infer_request": it can be cancelled within a prompt.
+        concurrency: requests that run at once, by continuous batching ("llm_pipeline"; no prompt lookup, draft model or
+            LongRoPE window). The KV cache is made for as many conversations; `prefill_chunk` is then 256 by default.
         template: the chat layout; default: the one that the model's own chat template describes.
 
     Raises:
@@ -123,14 +127,34 @@ def load(
     properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
     if backend == "infer_request":
         properties = infer_request_properties(chosen, properties)
-    pool = plan(info, chosen, properties, context_length=context_length, kv_cache_gb=kv_cache_gb)
+    pool = plan(
+        info,
+        chosen,
+        properties,
+        context_length=context_length,
+        kv_cache_gb=kv_cache_gb,
+        conversations=_check_concurrency(concurrency),
+    )
+    batch_step = None
+    if concurrency > 1:
+        _check_batching(concurrency, backend, info, pool, properties)
+        batch_step = LARGE_MODEL_CHUNK if prefill_chunk is None else prefill_chunk
     # The tokenizer is opened beside the model, which takes ten times as long and leaves a core free for most of it.
     with ThreadPoolExecutor(max_workers=1) as beside:
         layout = template or ChatTemplate.for_info(info)
         opening = beside.submit(_timed, lambda: Tokenizer(info.path, layout, vocab_size=info.vocab_size))
         try:
             opened, model_ms = _timed(
-                lambda: open_engine(backend, info, chosen, properties, pool, opening, must_page=kv_cache_gb is not None)
+                lambda: open_engine(
+                    backend,
+                    info,
+                    chosen,
+                    properties,
+                    pool,
+                    opening,
+                    must_page=kv_cache_gb is not None,
+                    batch_step=batch_step,
+                )
             )
         except Error:
             opening.result()  # a broken tokenizer keeps the engine from loading, too: then that is what to tell
@@ -140,6 +164,7 @@ def load(
     doubts += [*pool.doubts, *opened.doubts, *engine.doubts]
     if template is None:
         doubts += _template_doubts(engine, tokenizer.template, info.chat_template)
+    give_memory_back()
     report = LoadReport(
         model_ms=model_ms,
         tokenizer_ms=tokenizer_ms,
@@ -169,6 +194,7 @@ def load(
             assisted_tokens=ASSISTED if {"prompt_lookup", "draft_model"} & properties.keys() else 0,
         ),
         pool=pool,
+        concurrency=concurrency,
     )
 
 
@@ -202,6 +228,32 @@ def _check_chunk(wanted: int | None) -> None:
         raise TypeError(f"prefill_chunk must be a whole number of tokens, not {wanted!r}")
     if wanted < 0:
         raise ConfigError(f"prefill_chunk={wanted}; expected a number of tokens, or 0 for whole prompts.")
+
+
+def _check_concurrency(wanted: int) -> int:
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise TypeError(f"concurrency must be a whole number of requests, not {wanted!r}")
+    if not 1 <= wanted <= 256:
+        raise ConfigError(f"concurrency={wanted}; expected 1 to 256 requests at once.")
+    return wanted
+
+
+def _check_batching(
+    concurrency: int, backend: str, info: ModelInfo, pool: KVPool, properties: Mapping[str, Any]
+) -> None:
+    """Refuse what cannot run with others beside it."""
+    why = None
+    if backend != "llm_pipeline":
+        why = "backend='llm_pipeline'"
+    elif not pool.scheduler:
+        why = "paged attention, which is not to be had here, and no scheduler_config; kv_cache_gb= sizes the cache"
+    elif assisted := {"prompt_lookup", "draft_model"} & properties.keys():
+        why = f"a pipeline without {min(assisted)}"
+    elif (info.rope_boundary or pool.window) < pool.window:
+        # The graph chooses its factors once for all that is computed in a step.
+        why = f"context_length={info.rope_boundary} or less: past that this LongRoPE model has other rotary factors"
+    if why is not None:
+        raise ConfigError(f"concurrency={concurrency} needs {why}.")
 
 
 def _exact(info: ModelInfo, device: DeviceInfo, given: Mapping[str, Any]) -> dict[str, Any]:

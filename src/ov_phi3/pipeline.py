@@ -48,7 +48,7 @@ __all__ = ["Pipeline"]
 class Pipeline:
     """A loaded model. Made by `load`; also a context manager. Any number of threads may use one.
 
-    Requests are served one at a time, in order of arrival.
+    Requests are served in order of arrival, one at a time or `concurrency` at once.
 
     Attributes:
         info: the model directory's `ModelInfo`.
@@ -57,6 +57,7 @@ class Pipeline:
         context_length: tokens that prompt and reply share here.
         defaults: the model's own generation options.
         load_report: what loading took.
+        concurrency: requests that run at once.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Pipeline:
         load_report: LoadReport,
         generator: Generator | None = None,
         pool: KVPool | None = None,
+        concurrency: int = 1,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -78,13 +80,14 @@ class Pipeline:
         self.context_length = context_length
         self.defaults = defaults
         self.load_report = load_report
+        self.concurrency = concurrency
         self._generator = generator or Generator()
         self._pool = pool or KVPool(KVLayout(block_size=32), 0, context_length, scheduler=False)
         self._limits = Limits(info, defaults, context_length, self._generator, self._pool)
         self._backend: Backend | None = backend
         self._asked = False
         self._process = os.getpid()
-        self._turns = Turns()
+        self._turns = Turns(concurrency)
         self._state = threading.Lock()
         # The interpreter holds a thread for as long as it runs, so what is in here has not ended yet.
         self._live: weakref.WeakKeyDictionary[threading.Thread, Channel] = weakref.WeakKeyDictionary()
@@ -281,7 +284,7 @@ class Pipeline:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
         if backend is not None:
-            last = Turn()
+            last = Turn(alone=True)
             try:
                 self._turns.join(last)  # behind a prefill, a score or a save in another thread, which ends early
                 self._turns.begin(last)
@@ -339,7 +342,7 @@ class Pipeline:
         channel = Channel()
         reply = Reply(request, self._generator, self.tokenizer, channel, requested, on_end, on_prefill, deadline)
         engine, turns = self._engine, self._turns
-        turn = Turn()
+        turn = Turn(alone=wanted.seed is not None and bool(resolved.do_sample))  # random numbers are the engine's
         try:
             turns.join(turn)  # here and not in the thread, so that the order of arrival is the callers'
             with self._state:
@@ -380,12 +383,10 @@ class Pipeline:
             ClosedError: the pipeline was closed meanwhile.
             GenerationError: the engine failed.
         """
-        turn = Turn()
         try:
-            self._turns.join(turn)
-            self._turns.begin(turn)
-            self._asked = True
-            yield self._own_loop("this")
+            with self._turns.mine():
+                self._asked = True
+                yield self._own_loop("this")
         except Cancelled:
             self._engine()  # says that it was closed
             raise
@@ -393,8 +394,6 @@ class Pipeline:
             raise
         except RuntimeError as exc:
             raise GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.") from exc
-        finally:
-            self._turns.leave(turn)
 
     @functools.cached_property
     def _identity(self) -> dict[str, str]:

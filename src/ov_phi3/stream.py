@@ -7,7 +7,6 @@ itself.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import os
@@ -341,6 +340,8 @@ async def _next_change(channel: Channel, *, ended: bool = False) -> None:
     """Wait in the event loop until the channel has a chunk or has ended; with `ended`, chunks that wait do not
     count.
     """
+    import asyncio  # costs 1.3 MiB, which who has no event loop need not pay
+
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 

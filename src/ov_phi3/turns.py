@@ -1,4 +1,4 @@
-"""Who may use the engine: one request at a time, in order of arrival, and waiting can be given up.
+"""Who may use the engine: one request at a time, or so many, in order of arrival; waiting can be given up.
 
 Ctrl-C can raise in the main thread between any two Python instructions, also inside `threading.Event` and `Condition`,
 which are written in Python and would then keep their lock for ever. Only locks that are one C call are used here. And
@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 
 __all__ = ["Turn", "Turns"]
 
 
 class Turn:
-    """One place in the line."""
+    """One place in the line; `alone`: with nobody beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
         self._gate = threading.Lock()  # closed until it is this one's turn
         self._gate.acquire()
         self.given_up = False
@@ -34,9 +37,10 @@ class Turn:
 
 
 class Turns:
-    """The line in front of one engine. `threading.Lock` makes no promise about order."""
+    """The line in front of one engine; the first `width` in it have their turn. `threading.Lock` promises no order."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
+        self._width = width
         self._lock = threading.RLock()
         self._line: deque[Turn] = deque()
 
@@ -44,8 +48,26 @@ class Turns:
         """Take the last place."""
         with self._lock:
             self._line.append(turn)
-            if self._line[0] is turn:
+            self._call()
+
+    def _call(self) -> None:
+        """Let those go whose turn it is."""
+        for place, turn in enumerate(islice(self._line, self._width)):
+            if place == 0 or not turn.alone:
                 turn.call()
+            if turn.alone:
+                return
+
+    @contextlib.contextmanager
+    def mine(self) -> Iterator[None]:
+        """Wait for a turn, and leave at the end."""
+        turn = Turn()
+        try:
+            self.join(turn)
+            self.begin(turn)
+            yield
+        finally:
+            self.leave(turn)
 
     def begin(self, turn: Turn, seconds: float | None = None) -> bool:
         """Wait for the turn and begin it; False when it was given up first, or did not come within so many seconds."""
@@ -59,8 +81,7 @@ class Turns:
         with self._lock:
             if turn in self._line:
                 self._line.remove(turn)
-            if self._line:
-                self._line[0].call()
+            self._call()
 
     def abandon(self, turn: Turn) -> None:
         """Give the place back for a thread that may or may not have started: if it has, it finds its turn given up."""

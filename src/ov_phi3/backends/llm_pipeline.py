@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3._core import keeping_signal_stack, never_freed_in_children
+from ov_phi3._tokenizer_ir import for_engine
 from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
+from ov_phi3.backends.batching import Batch
 from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
 from ov_phi3.errors import ConfigError
 
@@ -39,6 +41,8 @@ class LLMPipelineBackend:
         properties: for `LLMPipeline`; a `scheduler_config` in them means paged attention.
         block_size: tokens per block of the prefix cache on this device.
         rope_boundary: see `ModelInfo.rope_boundary`.
+        batches: run several requests at once, by a `ContinuousBatchingPipeline`, which is what `LLMPipeline` holds on
+            paged attention. What its prefix cache then holds is not known.
 
     Attributes:
         doubts: what works, but not as it should; sentences.
@@ -52,6 +56,7 @@ class LLMPipelineBackend:
         *,
         block_size: int = 32,
         rope_boundary: int | None = None,
+        batches: bool = False,
     ) -> None:
         import openvino_genai
 
@@ -61,17 +66,24 @@ class LLMPipelineBackend:
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
         self._uncached: Any = None
+        self._batch: Batch | None = None
         self._weights: Any = None
         self._converted: tuple[tuple[GenerationConfig, tuple[int, ...]], Any] | None = None
         self.doubts: list[str] = []
         scheduler: Any = properties.get("scheduler_config")
         self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
-        self._rules_known = self._caches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
+        self._rules_known = (
+            self._caches and not batches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
+        )
         self._block_size = block_size
         self._marks = False
         never_freed_in_children(self)
         with keeping_signal_stack():
-            self._pipeline: Any = self._load()
+            self._tokenizer = openvino_genai.Tokenizer(*for_engine(model_dir, whole="draft_model" in properties))
+            if batches:
+                self._batch = Batch(self._open_batching(), openvino_genai)
+            else:
+                self._pipeline: Any = self._load()
 
     def _load(self) -> Any:
         """The pipeline; a LongRoPE model on paged attention with its graph edited, or without a prefix cache."""
@@ -90,15 +102,23 @@ class LLMPipelineBackend:
             else:
                 self._marks = True
                 return self._open_edited(graph, xml.with_suffix(".bin"))
-        return self._genai.LLMPipeline(str(self._model_dir), self._device, **self._properties)
+        return self._open_as_it_is(self._properties)
+
+    def _open_batching(self) -> Any:
+        properties = {k: v for k, v in self._properties.items() if k not in ("scheduler_config", "ATTENTION_BACKEND")}
+        scheduler = self._properties["scheduler_config"]
+        make = self._genai.ContinuousBatchingPipeline
+        return make(str(self._model_dir), self._tokenizer, scheduler, self._device, **properties)
+
+    def _open_as_it_is(self, properties: Mapping[str, Any]) -> Any:
+        return self._genai.LLMPipeline(str(self._model_dir), self._tokenizer, self._device, **properties)
 
     def _open_edited(self, graph: str, weights: Path) -> Any:
         import openvino
 
         # Copy on write: OpenVINO wants an array that it may write to, and pages that nobody writes stay the file's.
         self._weights = openvino.Tensor(np.memmap(weights, dtype=np.uint8, mode="c"), shared_memory=True)
-        tokenizer = self._genai.Tokenizer(str(self._model_dir))
-        return self._genai.LLMPipeline(graph, self._weights, tokenizer, self._device, **self._properties)
+        return self._genai.LLMPipeline(graph, self._weights, self._tokenizer, self._device, **self._properties)
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
@@ -122,6 +142,9 @@ class LLMPipelineBackend:
 
     def generate(self, request: Request, emit: Emit) -> EngineReport:
         """Stream one reply."""
+        if self._batch is not None:
+            ids, limit = self._batch.generate(request, self._tensor(request), self._config(request), emit)
+            return EngineReport(limit, generated=ids)
         streamer = _streamer_class()(emit)
         out = self._engine(request).generate(self._tensor(request), self._config(request), streamer)
         perf = out.perf_metrics
@@ -136,6 +159,9 @@ class LLMPipelineBackend:
 
     def search(self, request: Request) -> list[Hypothesis]:
         """Several replies at once, best first."""
+        if self._batch is not None:
+            count = request.config.num_return_sequences or 1
+            return self._batch.search(self._tensor(request), self._config(request), count)
         out = self._engine(request).generate(self._tensor(request), self._config(request))
         return [
             Hypothesis([int(t) for t in ids], float(score), self._hit_limit(out, i))
@@ -153,22 +179,24 @@ class LLMPipelineBackend:
             properties = {k: v for k, v in self._properties.items() if k != "scheduler_config"}
             properties["ATTENTION_BACKEND"] = "SDPA"
             with keeping_signal_stack():
-                self._uncached = self._genai.LLMPipeline(str(self._model_dir), self._device, **properties)
+                self._uncached = self._open_as_it_is(properties)
         return self._uncached
 
     def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
         """What a Jinja chat template gives, by GenAI's own interpreter; None where that cannot run it."""
-        tokenizer = self._pipeline.get_tokenizer()
+        render = self._tokenizer.apply_chat_template
         history = self._genai.ChatHistory([dict(m) for m in messages])
         try:
-            return str(tokenizer.apply_chat_template(history, add_generation_prompt=True, chat_template=chat_template))
+            return str(render(history, add_generation_prompt=True, chat_template=chat_template))
         except RuntimeError:
             return None
 
     def close(self) -> None:
         """Free the model."""
+        if self._batch is not None:
+            self._batch.close()
         with keeping_signal_stack():
-            self._pipeline = self._uncached = self._weights = None
+            self._batch = self._pipeline = self._uncached = self._weights = self._tokenizer = None
 
     def _tensor(self, request: Request) -> Any:
         import openvino
@@ -184,9 +212,10 @@ class LLMPipelineBackend:
         The last one is kept: it is the same for most requests, and making it is a part of every first token.
         """
         key = (request.config, request.end_ids)
-        if self._converted is None or self._converted[0] != key:
-            self._converted = (key, self._convert(request))
-        return self._converted[1]
+        last = self._converted
+        if last is None or last[0] != key:
+            self._converted = last = (key, self._convert(request))
+        return last[1]
 
     def _convert(self, request: Request) -> Any:
         given = [name for name in _ASSISTED if getattr(request.config, name) is not None]
