@@ -21,7 +21,7 @@ from ov_phi3.device import (
     resolve,
 )
 from ov_phi3.errors import ConfigError, DeviceError
-from ov_phi3.host import Probe, gpu_obstacles
+from ov_phi3.machine import Probe, gpu_obstacles
 
 TEST_DEVICE = os.environ.get("OV_PHI3_TEST_DEVICE", "CPU")
 CPU = DeviceInfo("CPU", "Intel(R) Core(TM) Ultra 7", "CPU", capabilities=("FP32", "INT8"))

@@ -613,7 +613,7 @@ def test_an_unknown_longrope_graph_is_computed_in_one_piece(
     longrope: tuple[Path, Path, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ov_phi3.backends import graph
-    from ov_phi3.backends.longrope_ir import UnknownGraph
+    from ov_phi3.backends.graph import UnknownGraph
 
     def unknown(*_: object) -> str:
         raise UnknownGraph("its graph is new")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import ov_phi3
 from ov_phi3 import ConfigError, ContextOverflowError, DeviceInfo, ModelInfo, ModelWarning, Pipeline
-from ov_phi3.host import Memory
 from ov_phi3.kv_cache import BlockLedger, KVLayout
 from ov_phi3.kv_pool import plan
+from ov_phi3.machine import Memory
 
 CPU = DeviceInfo("CPU", "a CPU", "CPU")
 GPU = DeviceInfo("GPU.0", "a GPU", "GPU")

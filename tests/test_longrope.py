@@ -15,7 +15,7 @@ from scripted import ScriptedBackend
 
 import ov_phi3
 from ov_phi3 import ConfigError, ModelWarning, Pipeline
-from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
+from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
 from ov_phi3.generator import Generator
 
 Model = tuple[Path, Path, int]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import ov_phi3
 from ov_phi3 import ConfigError, ContextOverflowError, Machine, Measurement, Metrics, Pipeline, Roofline, Summary
 from ov_phi3.machine import _cpu_name, _physical_cores, peak_memory_bytes, resident_memory_bytes
+from ov_phi3.report import percentile
 from ov_phi3.roofline import bandwidth, weight_bytes_per_token
-from ov_phi3.summary import percentile
 
 TIMES = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=200)
 

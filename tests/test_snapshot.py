@@ -18,7 +18,7 @@ from reference import Reference
 
 import ov_phi3
 from ov_phi3 import Pipeline, SnapshotError, StreamError, snapshot
-from ov_phi3.kv_tensors import DTYPES, KVTensors, KVValue
+from ov_phi3.kv_cache import DTYPES, KVTensors, KVValue
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 SYSTEM = "You are a helpful assistant who keeps to the facts."

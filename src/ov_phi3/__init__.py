@@ -39,11 +39,10 @@ if TYPE_CHECKING:
     from ov_phi3.model_info import ModelInfo
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
-    from ov_phi3.report import ChatTurn, Measurement, Report
+    from ov_phi3.report import ChatTurn, Measurement, Report, Summary
     from ov_phi3.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
     from ov_phi3.roofline import Roofline
     from ov_phi3.stream import TokenStream
-    from ov_phi3.summary import Summary
     from ov_phi3.template import ChatTemplate, Raw
     from ov_phi3.tokenizer import Tokenizer
 
@@ -76,11 +75,10 @@ _HOMES = {
     "model_info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
     "prefix": ("Prefix",),
-    "report": ("ChatTurn", "Measurement", "Report"),
+    "report": ("ChatTurn", "Measurement", "Report", "Summary"),
     "results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
     "roofline": ("Roofline",),
     "stream": ("TokenStream",),
-    "summary": ("Summary",),
     "template": ("ChatTemplate", "Raw"),
     "tokenizer": ("Tokenizer",),
 }

@@ -24,7 +24,7 @@ from ov_phi3.results import GenerationResult
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.kv_tensors import KVValue
+    from ov_phi3.kv_cache import KVValue
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.stream import Channel, TokenStream
     from ov_phi3.tokenizer import Tokenizer

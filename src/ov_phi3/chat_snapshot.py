@@ -11,7 +11,7 @@ import numpy as np
 
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.errors import SnapshotError
-from ov_phi3.kv_tensors import KVTensors, KVValue
+from ov_phi3.kv_cache import KVTensors, KVValue
 from ov_phi3.prefix import computed, read_for
 from ov_phi3.snapshot import Snapshot, write
 from ov_phi3.tokenizer import as_ids

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ov_phi3._core import shared_core
 from ov_phi3.device_config import latency_properties, merge_config
 from ov_phi3.errors import ConfigError, DeviceError, did_you_mean
-from ov_phi3.host import Probe, gpu_obstacles
+from ov_phi3.machine import Probe, gpu_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ov_phi3.device import SEE_DOCTOR, DeviceInfo, hint, resolve
 from ov_phi3.device import devices as list_devices
 from ov_phi3.errors import Error
-from ov_phi3.host import Obstacle, Probe, gpu_obstacles
+from ov_phi3.machine import Obstacle, Probe, gpu_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

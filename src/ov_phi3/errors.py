@@ -1,20 +1,5 @@
 """Every error the library raises on purpose.
 
-::
-
-    ov_phi3.Error
-    ├── ModelError            (ValueError)    a model directory is missing, incomplete, broken or of another kind
-    ├── DeviceError           (RuntimeError)  a device is absent, or present and cannot run the model
-    ├── ExportError           (RuntimeError)  optimum-cli is missing or failed, or its result is not usable
-    ├── ConfigError           (ValueError)    an option is unknown, out of range, or contradicts another
-    ├── TemplateError         (ValueError)    messages that the chat layout cannot hold
-    ├── PromptError           (ValueError)    a prompt that cannot become token ids, or ids outside the vocabulary
-    ├── ContextOverflowError  (ValueError)    prompt and reply do not fit the context window
-    ├── StreamError           (RuntimeError)  a stream was used in a way it cannot be, e.g. iterated twice
-    ├── GenerationError       (RuntimeError)  the engine failed while generating
-    ├── SnapshotError         (ValueError)    a saved KV cache cannot be used
-    └── ClosedError           (RuntimeError)  the pipeline was closed
-
 Each also derives from the built-in exception a caller would guess. An argument of a wrong *type* is a plain
 `TypeError`. A message names the value that was wrong, what was expected, and what to do about it.
 """

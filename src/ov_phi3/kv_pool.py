@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3 import host
+from ov_phi3 import machine
 from ov_phi3.errors import ConfigError
 from ov_phi3.kv_cache import KVLayout
 
@@ -71,7 +71,7 @@ def plan(
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
     conversations: int = 1,
-    memory: host.Memory | None = None,
+    memory: machine.Memory | None = None,
 ) -> KVPool:
     """The KV cache for a model on a device.
 
@@ -109,7 +109,9 @@ def plan(
     # A draft model shares the places of a cache of fixed size with the model, by GenAI's own reckoning.
     if not paged or device.kind != "CPU" or "draft_model" in properties:
         return KVPool(layout, 0, window, paged)
-    return _in_memory(info, layout, window, context_length is not None, conversations, memory or host.Probe().memory())
+    return _in_memory(
+        info, layout, window, context_length is not None, conversations, memory or machine.Probe().memory()
+    )
 
 
 def _budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
@@ -137,7 +139,7 @@ def _fitted(window: int, blocks: int, layout: KVLayout, because: str) -> tuple[i
 
 
 def _in_memory(
-    info: ModelInfo, layout: KVLayout, window: int, asked: bool, conversations: int, memory: host.Memory | None
+    info: ModelInfo, layout: KVLayout, window: int, asked: bool, conversations: int, memory: machine.Memory | None
 ) -> KVPool:
     """A pool for whole conversations, or for what the memory holds; one of them can have all of it."""
     blocks = conversations * (-(-window // layout.block_size) + 1)

@@ -21,12 +21,12 @@ from ov_phi3.chat_snapshot import restored
 from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError, forked
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.generator import Cancelled, Generator
-from ov_phi3.identity import identity_of
 from ov_phi3.kv_cache import KVLayout
 from ov_phi3.kv_pool import KVPool
 from ov_phi3.limits import Limits, seconds
-from ov_phi3.prefix import Prefix, loaded_prefix, prefilled, prompt_ids, score
+from ov_phi3.prefix import Prefix, as_messages, loaded_prefix, prefilled, prompt_ids, score
 from ov_phi3.results import GenerationResult, Score
+from ov_phi3.snapshot import identity_of
 from ov_phi3.stream import Channel, TokenStream, new_worker, now
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import Tokenizer, as_ids
@@ -235,12 +235,10 @@ class Pipeline:
             PromptError, TemplateError: a prompt that cannot become token ids.
             TypeError: none of the kinds of prompt.
         """
-        if isinstance(prompt, Raw):
+        if (messages := as_messages(prompt)) is not None:
+            ids = self.tokenizer.encode_messages(messages)
+        elif isinstance(prompt, Raw):
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, str):
-            ids = self.tokenizer.encode_messages([{"role": "user", "content": prompt}])
-        elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_messages(prompt)  # type: ignore[arg-type]
         elif isinstance(prompt, Mapping):
             raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
         elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):

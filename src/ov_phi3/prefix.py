@@ -12,9 +12,9 @@ from ov_phi3 import snapshot
 from ov_phi3.backends import Request
 from ov_phi3.errors import GenerationError, PromptError, SnapshotError
 from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.identity import check_identity
-from ov_phi3.kv_tensors import KVValue
+from ov_phi3.kv_cache import KVValue
 from ov_phi3.results import Score
+from ov_phi3.snapshot import check_identity
 from ov_phi3.template import Message, Raw
 from ov_phi3.tokenizer import as_ids
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ov_phi3.pipeline import Pipeline, Prompt
     from ov_phi3.worker import OnPrefill
 
-__all__ = ["Prefix", "computed", "loaded_prefix", "prefilled", "prompt_ids", "read_for", "score"]
+__all__ = ["Prefix", "as_messages", "computed", "loaded_prefix", "prefilled", "prompt_ids", "read_for", "score"]
 
 _GREEDY = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
 
@@ -110,7 +110,7 @@ def prefilled(pipeline: Pipeline, prompt: Prompt, on_prefill: OnPrefill | None) 
     """`Pipeline.prefill`."""
     pipeline._own_loop("prefill")
     tokenizer = pipeline.tokenizer
-    messages = _as_messages(prompt)
+    messages = as_messages(prompt)
     if messages is None:
         ids = pipeline.encode(prompt)
     else:
@@ -144,13 +144,13 @@ def prompt_ids(pipeline: Pipeline, prompt: Prompt, prefix: Prefix | None) -> NDA
         whole = pipeline.encode(prompt)
         if np.array_equal(whole[: len(before)], before):
             return whole
-    messages = _as_messages(prompt)
+    messages = as_messages(prompt)
     tokenizer = pipeline.tokenizer
     new = whole if messages is None else tokenizer.encode_segments(tokenizer.template.following(messages))
     return np.concatenate([before, new])
 
 
-def _as_messages(prompt: Prompt) -> Sequence[Message] | None:
+def as_messages(prompt: Prompt) -> Sequence[Message] | None:
     """The messages that a prompt is, or None for `Raw` text and ids."""
     if isinstance(prompt, str):
         return None if isinstance(prompt, Raw) else [{"role": "user", "content": prompt}]

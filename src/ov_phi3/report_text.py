@@ -7,8 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ov_phi3.report import ChatTurn, Measurement, Report
-    from ov_phi3.summary import Summary
+    from ov_phi3.report import ChatTurn, Measurement, Report, Summary
 
 __all__ = ["report_text", "table"]
 

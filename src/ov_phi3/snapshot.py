@@ -2,19 +2,9 @@
 
 The format is that of https://github.com/huggingface/safetensors: eight bytes with the header's length, a JSON header,
 then the tensors one behind the other, so that any tool which reads safetensors opens it, and it can be mapped into
-memory. The tensors are, in this order:
-
-========================  =======  =====================================================================
-`token_ids`               I64      [ids] what the keys and values belong to; a chat has ids behind them
-`past_key_values.L.key`   F16, …   [kv_heads, tokens, head_dim], and `.value` likewise, for each layer L
-`checksums`               U32      [tensors] CRC-32 of each tensor before this one
-`conversation`            U8       [bytes] of a chat: its messages and replies' ids, as JSON
-`header_sha256`           U8       [32] SHA-256 of the length and the header
-========================  =======  =====================================================================
-
-Everything else is in the header's `__metadata__`, see `docs/kv-snapshots.md`. Written and read here rather than by the
-safetensors package: its writer wants all tensors in memory at once and its reader copies them, and what a file of ours
-may hold is so narrow that the whole table of tensors can be reckoned from a few numbers and compared.
+memory. `docs/kv-snapshots.md` lists the tensors and what is in the header's `__metadata__`. It is written and read here
+rather than by the safetensors package: its writer wants all tensors in memory at once and its reader copies them, and
+what a file of ours may hold is so narrow that the whole table of tensors can be reckoned and compared.
 
 A reader believes nothing: lengths are checked against the file's before anything is read, the header is parsed only
 when it is short, and no tensor is handed out before all checksums were right.
@@ -38,14 +28,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3 import versions
 from ov_phi3._model.files import expanded
 from ov_phi3.errors import SnapshotError
-from ov_phi3.kv_tensors import DTYPES, KVTensors, KVValue, names
+from ov_phi3.kv_cache import DTYPES, KVTensors, KVValue, names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FORMAT", "VERSION", "Snapshot", "read", "write"]
+    from ov_phi3.model_info import ModelInfo
+    from ov_phi3.template import ChatTemplate
+
+__all__ = ["FORMAT", "VERSION", "Snapshot", "check_identity", "identity_of", "read", "write"]
 
 FORMAT = "ov_phi3-kv"
 VERSION = 1
@@ -324,3 +318,59 @@ def _conversation(
 
 def _damaged(target: Path, where: str) -> SnapshotError:
     return SnapshotError(f"{target} is damaged: {where}. Build or save it again.")
+
+
+# -- what it is of -----------------------------------------------------------------------------------------------------
+
+# Keys and values mean something only to the model that made them, behind the ids that its tokenizer gave. So all that
+# they depend on is written beside them, and compared when they are loaded.
+_WORDS = {
+    "model": "another model",
+    "recipe": "another export of the model",
+    "tokenizer": "another tokenizer",
+    "template": "another chat layout",
+    "rope": "another RoPE regime",
+    "engine": "another OpenVINO release",
+}
+"""What differs, in the order in which it is told."""
+
+
+def identity_of(info: ModelInfo, template: ChatTemplate) -> dict[str, str]:
+    """The parts of a fingerprint, each as text: model, recipe, tokenizer, template, rope and engine.
+
+    `model` is `ModelInfo.fingerprint` (config, graph, samples of the weights), `tokenizer` and `template` are SHA-256
+    of the tokenizer's files and of the layout, cut to 32 digits; the others can be read.
+    """
+    digest = hashlib.sha256()
+    for name in ("openvino_tokenizer.xml", "openvino_tokenizer.bin"):
+        file = info.path / name
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    regime = "none" if info.rope_boundary is None else f"factors change at {info.rope_boundary} tokens"
+    return {
+        "model": info.fingerprint,
+        "recipe": info.quantization,
+        "tokenizer": digest.hexdigest()[:32],
+        "template": f"{template.name} {hashlib.sha256(repr(template).encode()).hexdigest()[:32]}",
+        "rope": f"{info.rope_type or 'plain'}, {regime}",
+        "engine": f"openvino {versions.release(versions.package_version('openvino') or 'unknown')}",
+    }
+
+
+def check_identity(found: Mapping[str, str], wanted: Mapping[str, str], where: str, *, engine: bool = True) -> None:
+    """Refuse a snapshot of something else.
+
+    Args:
+        found: the snapshot's identity.
+        wanted: the pipeline's.
+        where: the file, for the message.
+        engine: whether the OpenVINO release counts.
+
+    Raises:
+        SnapshotError: they differ; the message says in what.
+    """
+    for key, words in _WORDS.items():
+        if found.get(key) != wanted[key] and (engine or key != "engine"):
+            raise SnapshotError(
+                f"{where} is of {words}: {key} is {found.get(key, 'not told')!r} there and {wanted[key]!r} here. "
+                "Load it with the model that it was made with, or build it again."
+            )

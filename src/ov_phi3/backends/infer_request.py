@@ -17,9 +17,8 @@ import numpy as np
 
 from ov_phi3._core import keeping_signal_stack, never_freed_in_children, shared_core
 from ov_phi3.backends import Cancelled, EngineReport, Hypothesis
-from ov_phi3.backends.graph import ROWS, Graph
+from ov_phi3.backends.graph import ROWS, Graph, mark
 from ov_phi3.backends.kv_slots import KVSlots, Slot
-from ov_phi3.backends.longrope_ir import mark
 from ov_phi3.errors import ConfigError
 from ov_phi3.sampling import Sampler, log_softmax
 

@@ -17,7 +17,7 @@ from ov_phi3._core import keeping_signal_stack, never_freed_in_children
 from ov_phi3._tokenizer_ir import for_engine
 from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.backends.batching import Batch
-from ov_phi3.backends.longrope_ir import UnknownGraph, mark, with_marked_ids
+from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
 from ov_phi3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class LLMPipelineBackend:
     """One `LLMPipeline`.
 
     On paged attention it has a prefix cache; with `ATTENTION_BACKEND="SDPA"` it has none, and every prompt is computed
-    whole. A LongRoPE model is loaded with `longrope_ir`'s edit, so that one cache can serve both sides of the boundary.
+    whole. A LongRoPE model is loaded with `graph`'s edit, so that one cache can serve both sides of the boundary.
 
     Args:
         model_dir: an exported model.

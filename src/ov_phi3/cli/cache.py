@@ -109,8 +109,8 @@ def _info(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from ov_phi3 import snapshot
-    from ov_phi3.identity import check_identity, identity_of
     from ov_phi3.model_info import ModelInfo
+    from ov_phi3.snapshot import check_identity, identity_of
     from ov_phi3.template import ChatTemplate
 
     found = snapshot.read(args.file)
