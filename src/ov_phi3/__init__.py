@@ -5,12 +5,12 @@ Importing this package imports neither openvino nor numpy: every name below is l
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ov_phi3._version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for typing's, whose import would take most of this one's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from ov_phi3.backends import Backend, EngineReport, PrefixCache, Request
     from ov_phi3.chat import Chat
     from ov_phi3.device import DeviceInfo, devices
@@ -141,6 +141,8 @@ def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'ov_phi3' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"ov_phi3.{home}"), name)
     globals()[name] = value
     return value
