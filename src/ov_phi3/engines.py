@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ov_phi3 import device as devices
 from ov_phi3 import versions
-from ov_phi3._core import shared_core
+from ov_phi3._core import FEW_KERNELS, shared_core
 from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
@@ -128,7 +128,7 @@ def _open_with(
         return LLMPipelineBackend(
             info.path,
             device.name,
-            {**properties, "CACHE_DIR": cache_dir},
+            {**_few_kernels(device), **properties, "CACHE_DIR": cache_dir},
             block_size=pool.layout.block_size,
             rope_boundary=info.rope_boundary,
             batches=batch_step is not None,
@@ -151,7 +151,7 @@ def _open_own_loop(
         return InferRequestBackend(
             info.path,
             device.name,
-            {**properties, "CACHE_DIR": cache_dir},
+            {**_few_kernels(device), **properties, "CACHE_DIR": cache_dir},
             capacity=max(pool.window, pool.num_blocks * pool.layout.block_size),
             rope_boundary=info.rope_boundary,
         )
@@ -163,6 +163,11 @@ def _open_own_loop(
     except Exception as exc:
         raise _explained(exc, info, device) from exc
     return Opened(engine, state, folder, engine.slots, properties)
+
+
+def _few_kernels(device: DeviceInfo) -> dict[str, str]:
+    """How many kernels the CPU plugin keeps, see `_core.few_kernels`."""
+    return {"CPU_RUNTIME_CACHE_CAPACITY": FEW_KERNELS} if device.kind == "CPU" else {}
 
 
 def _compiled(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import config_names, versions
 from ov_phi3 import device as devices
-from ov_phi3._core import give_memory_back
+from ov_phi3._core import few_kernels, give_memory_back
 from ov_phi3.backends import BACKENDS, Backend
 from ov_phi3.backends.infer_request import infer_request_properties
 from ov_phi3.engines import ASSISTED, chunk_for, open_engine
@@ -140,7 +140,7 @@ def load(
         _check_batching(concurrency, backend, info, pool, properties)
         batch_step = LARGE_MODEL_CHUNK if prefill_chunk is None else prefill_chunk
     # The tokenizer is opened beside the model, which takes ten times as long and leaves a core free for most of it.
-    with ThreadPoolExecutor(max_workers=1) as beside:
+    with few_kernels(), ThreadPoolExecutor(max_workers=1) as beside:
         layout = template or ChatTemplate.for_info(info)
         opening = beside.submit(_timed, lambda: Tokenizer(info.path, layout, vocab_size=info.vocab_size))
         try:
