@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.chat_snapshot import written
 from ov_phi3.errors import ConfigError, StreamError, did_you_mean
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.kv_cache import KVUsage
+from ov_phi3.prefix import written
 from ov_phi3.results import GenerationResult
 
 if TYPE_CHECKING:

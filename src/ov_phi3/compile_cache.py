@@ -149,17 +149,15 @@ def load_guarded(
 
     Args:
         directory: what `prepare` returned, and what the engine gets as CACHE_DIR.
-        compile: loads the model with that CACHE_DIR; called a second time after a purge.
-        canary: a few greedy token ids of the loaded model for a fixed prompt.
+        compile: loads the model; called a second time after a purge.
+        canary: a few greedy ids of a loaded model for a fixed prompt.
         discard: closes a loaded model that is not kept.
 
     Returns:
-        The loaded model, and "fresh" (the cache was empty and was written), "verified" (the ids equal the recorded
-        ones) or "purged" (the cache could not be trusted and was written anew, which is also logged as a warning).
+        the model, and `LoadReport.cache`: "fresh", "verified" or, which is logged as a warning, "purged".
 
     Raises:
-        ConfigError: a stale cache cannot be deleted. What `compile` and `canary` raise without a cache passes through.
-
+        ConfigError: a stale cache cannot be deleted.
     """
     directory = Path(directory)
     if not _has_files(directory):

@@ -139,10 +139,9 @@ def resolve(
         probe: where to look for the reason when a GPU is not there.
 
     Raises:
-        DeviceError: the device is not there; names the devices that are, and for a GPU what is missing.
-        ConfigError: not a device name, or one of OpenVINO's virtual devices (HETERO, MULTI, BATCH).
+        DeviceError: the device is not there; names those that are, and for a GPU what is missing.
+        ConfigError: not a device name, or a virtual device (HETERO, MULTI, BATCH).
         TypeError: not a string.
-
     """
     if not isinstance(name, str):
         raise TypeError(f"device must be a string such as 'GPU.0' or 'AUTO', not {type(name).__name__}: {name!r}")

@@ -70,15 +70,9 @@ def open_engine(
 ) -> Opened:
     """An engine of the backend's kind.
 
-    Args:
-        backend: one of `BACKENDS`.
-        info: the model.
-        device: where it runs.
-        properties: the engine's.
-        pool: its KV cache.
-        opening: the tokenizer, which is opened meanwhile.
-        must_page: whether paged attention is not to be done without, as the cache's size was asked for.
-        batch_step: run several requests at once, and compute at most so many tokens in a step (0: any number).
+    The tokenizer is being opened meanwhile. With `must_page` paged attention is not to be done without, as the cache's
+    size was asked for. With a `batch_step` several requests run at once, and so many tokens at most are computed in a
+    step (0: any number).
 
     Raises:
         ConfigError, DeviceError, ModelError: it does not load; which of them tells why.

@@ -246,11 +246,6 @@ class _Job:
 def decide_group_size(flags: Mapping[str, Any], config: Phi3Config, *, explicit: bool) -> dict[str, Any] | None:
     """Whether the group size fits the model, before NNCF finds out after half a minute.
 
-    Args:
-        flags: the flags of the export.
-        config: the model's.
-        explicit: the caller named the group size, rather than the recipe.
-
     Returns:
         for the manifest: "group_size", "channels", "reason", and "adjusted" if `group_size_fallback="adjust"` is to be
         added (layers that the size does not divide then get the largest power of two that does, or int8 below 32);

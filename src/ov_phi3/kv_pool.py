@@ -79,15 +79,6 @@ def plan(
     used, and a cache that grows would throw out one conversation's blocks for another's long before that. On a GPU,
     which takes the memory at once, it grows unless `kv_cache_gb` says how large it is.
 
-    Args:
-        info: the model.
-        device: where it runs.
-        properties: the engine's, as the user gave them.
-        context_length: the window that was asked for, in tokens; None for the model's own.
-        kv_cache_gb: the most that the cache may take, in GiB.
-        conversations: how many run at once.
-        memory: the machine's; default: as it is now.
-
     Raises:
         ConfigError: a budget that holds nothing, a window that the memory cannot hold, or two settings for one thing.
         TypeError: `kv_cache_gb` is not a number.

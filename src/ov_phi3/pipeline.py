@@ -17,14 +17,13 @@ import numpy as np
 from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.chat import Chat
-from ov_phi3.chat_snapshot import restored
 from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError, forked
 from ov_phi3.generation_config import GenerationConfig
 from ov_phi3.generator import Cancelled, Generator
 from ov_phi3.kv_cache import KVLayout
 from ov_phi3.kv_pool import KVPool
 from ov_phi3.limits import Limits, seconds
-from ov_phi3.prefix import Prefix, as_messages, loaded_prefix, prefilled, prompt_ids, score
+from ov_phi3.prefix import Prefix, as_messages, loaded_prefix, prefilled, prompt_ids, restored, score
 from ov_phi3.results import GenerationResult, Score
 from ov_phi3.snapshot import identity_of
 from ov_phi3.stream import Channel, TokenStream, new_worker, now

@@ -1,18 +1,22 @@
-"""A prefilled prompt as a value: kept beside the engine, used by any number of requests, saved to a file."""
+"""A prefilled prompt as a value: kept beside the engine, used by any number of requests, saved to a file; conversations
+to files and back.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ov_phi3 import snapshot
 from ov_phi3.backends import Request
+from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.errors import GenerationError, PromptError, SnapshotError
 from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.kv_cache import KVValue
+from ov_phi3.kv_cache import KVTensors, KVValue
 from ov_phi3.results import Score
 from ov_phi3.snapshot import check_identity
 from ov_phi3.template import Message, Raw
@@ -21,11 +25,21 @@ from ov_phi3.tokenizer import as_ids
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.backends.infer_request import InferRequestBackend
+    from ov_phi3.chat import Chat
     from ov_phi3.pipeline import Pipeline, Prompt
     from ov_phi3.worker import OnPrefill
 
-__all__ = ["Prefix", "as_messages", "computed", "loaded_prefix", "prefilled", "prompt_ids", "read_for", "score"]
+__all__ = [
+    "Prefix",
+    "as_messages",
+    "computed",
+    "loaded_prefix",
+    "prefilled",
+    "prompt_ids",
+    "restored",
+    "score",
+    "written",
+]
 
 _GREEDY = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
 
@@ -77,7 +91,7 @@ class Prefix:
         return snapshot.write(path, snapshot.Snapshot("prefix", self._identity, self._value.ids, self._value))
 
 
-def read_for(pipeline: Pipeline, path: str | os.PathLike[str], kind: str, *, engine: bool = True) -> snapshot.Snapshot:
+def _read_for(pipeline: Pipeline, path: str | os.PathLike[str], kind: str, *, engine: bool = True) -> snapshot.Snapshot:
     """A snapshot of a kind that is of this pipeline's model, and fits it.
 
     Raises:
@@ -125,7 +139,7 @@ def prefilled(pipeline: Pipeline, prompt: Prompt, on_prefill: OnPrefill | None) 
 def loaded_prefix(pipeline: Pipeline, path: str | os.PathLike[str]) -> Prefix:
     """`Pipeline.load_prefix`."""
     engine = pipeline._own_loop("load_prefix")
-    found = read_for(pipeline, path, "prefix")
+    found = _read_for(pipeline, path, "prefix")
     engine.slots.register(found.value)
     return Prefix(found.value, pipeline._identity)
 
@@ -193,3 +207,75 @@ def computed(
     if len(value.ids) < len(ids):
         raise GenerationError("the engine no longer has the keys and values that it just computed.")
     return value
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def written(path: str | os.PathLike[str], chat: Chat) -> int:
+    """Write a conversation between two turns; returns the file's size."""
+    state, pipeline = chat._now(), chat._pipeline
+    ids = np.array(state.ids, dtype=np.int64)
+    conversation = {
+        "system": None if state.system is None else state.system["content"],
+        "turns": [[turn.user["content"], turn.assistant["content"], list(turn.reply)] for turn in state.turns],
+        "overflow": chat.overflow,
+        "on_cancel": chat.on_cancel,
+        "dropped": state.dropped,
+    }
+    return snapshot.write(
+        path, snapshot.Snapshot("chat", pipeline._identity, ids, _value_of(pipeline, ids), conversation)
+    )
+
+
+def _value_of(pipeline: Pipeline, ids: NDArray[np.int64]) -> KVValue:
+    """The keys and values of all ids but the last, which the next turn computes in any case.
+
+    None of them where the engine does not give any out.
+    """
+    if not isinstance(pipeline._engine(), InferRequestBackend) or len(ids) < 2:
+        return KVValue(ids[:0], KVTensors("F16", ()))
+    with pipeline._turn() as engine:
+        return computed(pipeline, engine, ids[:-1])
+
+
+def restored(pipeline: Pipeline, path: str | os.PathLike[str]) -> Chat:
+    """A conversation from a file, with what of its keys and values this engine can go on from."""
+    found = _read_for(pipeline, path, "chat", engine=False)
+    try:
+        chat = _chat(pipeline, found.conversation or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not one of this layout.") from exc
+    if list(chat._now().ids) != found.ids.tolist():
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
+    engine = pipeline._engine()
+    same_release = found.identity.get("engine") == pipeline._identity["engine"]
+    if isinstance(engine, InferRequestBackend) and same_release and len(found.value.ids):
+        engine.slots.register(found.value)
+        chat._kv = found.value
+    return chat
+
+
+def _chat(pipeline: Pipeline, conversation: Mapping[str, Any]) -> Chat:
+    from ov_phi3.chat import Chat, Exchange
+
+    chat = Chat(
+        pipeline,
+        system=conversation["system"],
+        overflow=conversation["overflow"],
+        on_cancel=conversation["on_cancel"],
+    )
+    turns = tuple(
+        Exchange(
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant},
+            tuple(as_ids(reply, pipeline.info.vocab_size).tolist()),
+        )
+        for user, assistant, reply in conversation["turns"]
+    )
+    if not all(isinstance(m["content"], str) and turn.reply for turn in turns for m in turn.messages):
+        raise TypeError("a message is a text, and a reply has ids")
+    state = chat._now()
+    ids = chat._laid_out(state.head, turns)
+    chat._set(replace(state, turns=turns, ids=ids, dropped=int(conversation["dropped"])))
+    return chat
