@@ -232,3 +232,31 @@ def test_perplexity_is_that_of_the_reference(demo_fp32: Path, demo_hf: Path) -> 
     with torch.no_grad():
         loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
     assert found == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
+def test_endurance(tiny_fp32: Path, device: str, tmp_path: Path, backend: str) -> None:
+    target = tmp_path / "endurance.json"
+    done = run(
+        "endurance.py", tiny_fp32, "--device", device, "--requests", "300", "--backend", backend, "--json", target
+    )
+    found = json.loads(target.read_text(encoding="utf-8"))
+    # Memory is looked at where more requests are made: here kernels for new sizes still come up.
+    assert (found["faults"], found["same_answers"]) == ([], True), done.stdout
+    assert found["left"]["python_threads"] == found["left"]["handles"] == 0
+    groups = {
+        group: sum(n for k, n in found["kinds"].items() if k.startswith(group)) for group in ("cancelled", "wrong")
+    }
+    assert groups == {"cancelled": 100, "wrong": 30}
+    assert len(found["states"]) == 4
+
+
+def test_concurrency(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+    target = tmp_path / "concurrency.json"
+    sizes = ["--at-once", "3", "--repeat", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
+    done = run("concurrency.py", tiny_fp32, "--device", device, *sizes, "--json", target)
+    assert done.returncode == 0, done.stderr
+    assert "1, without concurrency=" in done.stdout
+    found = json.loads(target.read_text(encoding="utf-8"))
+    assert found["samples"].keys() == {"plain", "1", "3"}
+    assert found["tokens_per_s_over_one_caller"]["1"] == 1.0

@@ -109,7 +109,7 @@ def few_kernels() -> Iterator[None]:
     """Have oneDNN keep few kernels, if the CPU plugin first asks for one in here and the user has not set how many.
 
     Kernels are made for every number of tokens in a pass, and kept by the plugin (1,000 numbers or so) and by oneDNN,
-    which is told by the environment alone: 200 prompts of different lengths left 400 MB on the demo model (2026.4.1).
+    which is told by the environment alone: 200 prompts of different lengths left 390 MiB on the demo model (2026.4.1).
     """
     if _ONEDNN_KERNELS in os.environ:
         yield
