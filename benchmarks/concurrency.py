@@ -13,8 +13,8 @@ import argparse
 import random
 import statistics
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from _environment import run_installed
@@ -28,23 +28,13 @@ from _common import add_load_arguments, add_model_arguments, exit_with, load_opt
 
 def replies(pipe: ov_phi3.Pipeline, prompts: list[Any], at_once: int, new_tokens: int) -> dict[str, Any]:
     """Answer the prompts by so many callers; gives tokens per second of all, and each reply's TTFT and TPOT."""
-    left, lock = iter(prompts), threading.Lock()
-    found: list[ov_phi3.GenerationResult] = []
 
-    def work() -> None:
-        while True:
-            with lock:
-                prompt = next(left, None)
-            if prompt is None:
-                return
-            found.append(pipe.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True, do_sample=False))
+    def ask(prompt: Any) -> ov_phi3.GenerationResult:
+        return pipe.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True, do_sample=False)
 
-    threads = [threading.Thread(target=work) for _ in range(at_once)]
     begun = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(at_once) as callers:
+        found = list(callers.map(ask, prompts))
     took = time.perf_counter() - begun
     return {
         "tokens_per_s": sum(len(result.token_ids) for result in found) / took,

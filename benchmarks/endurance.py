@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,23 +247,13 @@ def state() -> dict[str, int]:
 
 def many(run: Run, numbers: range, at_once: int) -> None:
     """Make these requests, some at once."""
-    left = iter(numbers)
-    lock = threading.Lock()
 
-    def work() -> None:
-        while True:
-            with lock:
-                number = next(left, None)
-            if number is None:
-                return
-            progress(f"request {number} of {numbers.stop}")
-            run.request(number)
+    def work(number: int) -> None:
+        progress(f"request {number} of {numbers.stop}")
+        run.request(number)
 
-    threads = [threading.Thread(target=work) for _ in range(at_once)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(at_once) as callers:
+        list(callers.map(work, numbers))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,8 @@ PROMPTS = [[300 + 7 * number, 400, 500 + number] + [600 + number] * (40 * number
 
 def at_once(works: list[Callable[[], Any]]) -> list[Any]:
     """What each gives, run in threads of their own."""
-    found: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda place=place, work=work: found.setdefault(place, work()))
-        for place, work in enumerate(works)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[place] for place in range(len(works))]
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(lambda work: work(), works))
 
 
 class Company:

@@ -71,8 +71,8 @@ def open_engine(
     """An engine of the backend's kind.
 
     The tokenizer is being opened meanwhile. With `must_page` paged attention is not to be done without, as the cache's
-    size was asked for. With a `batch_step` several requests run at once, and so many tokens at most are computed in a
-    step (0: any number).
+    size or several requests at once were asked for. With a `batch_step` several run at once, and so many tokens at most
+    are computed in a step (0: any number).
 
     Raises:
         ConfigError, DeviceError, ModelError: it does not load; which of them tells why.
@@ -97,7 +97,7 @@ def _open_llm_pipeline(
     except Error:
         raise
     except Exception as exc:
-        if pool.scheduler and not must_page and batch_step is None and "ATTENTION_BACKEND" not in given:
+        if pool.scheduler and not must_page and "ATTENTION_BACKEND" not in given:
             given = {**given, "ATTENTION_BACKEND": "SDPA"}
             with contextlib.suppress(Exception):
                 opened = _open_with(info, device, given, given, pool, opening)

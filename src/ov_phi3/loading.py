@@ -152,7 +152,7 @@ def load(
                     properties,
                     pool,
                     opening,
-                    must_page=kv_cache_gb is not None,
+                    must_page=kv_cache_gb is not None or concurrency > 1,
                     batch_step=batch_step,
                 )
             )
@@ -212,11 +212,15 @@ def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
         raise ModelError(f"{info.path / 'generation_config.json'}: {exc} Correct the file or export again.") from exc
 
 
+def _check_whole(name: str, value: object, of: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of {of}, not {value!r}")
+
+
 def _check_window(wanted: int | None, info: ModelInfo) -> None:
     if wanted is None:
         return
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise TypeError(f"context_length must be a whole number of tokens, not {wanted!r}")
+    _check_whole("context_length", wanted, "tokens")
     if not 2 <= wanted <= info.context_length:
         raise ConfigError(f"context_length={wanted}; expected 2 to {info.context_length}, the model's own.")
 
@@ -224,15 +228,13 @@ def _check_window(wanted: int | None, info: ModelInfo) -> None:
 def _check_chunk(wanted: int | None) -> None:
     if wanted is None:
         return
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise TypeError(f"prefill_chunk must be a whole number of tokens, not {wanted!r}")
+    _check_whole("prefill_chunk", wanted, "tokens")
     if wanted < 0:
         raise ConfigError(f"prefill_chunk={wanted}; expected a number of tokens, or 0 for whole prompts.")
 
 
 def _check_concurrency(wanted: int) -> int:
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise TypeError(f"concurrency must be a whole number of requests, not {wanted!r}")
+    _check_whole("concurrency", wanted, "requests")
     if not 1 <= wanted <= 256:
         raise ConfigError(f"concurrency={wanted}; expected 1 to 256 requests at once.")
     return wanted

@@ -74,10 +74,6 @@ class Batch:
         limit = self._reason.LENGTH
         return [Hypothesis(list(o.generated_ids), float(o.score), o.finish_reason == limit) for o in found[:count]]
 
-    def close(self) -> None:
-        """Free the model."""
-        self._pipeline = None
-
     @contextlib.contextmanager
     def _running(self, ids: Any, config: Any) -> Any:
         with self._line.mine():

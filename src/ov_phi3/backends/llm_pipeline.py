@@ -193,8 +193,6 @@ class LLMPipelineBackend:
 
     def close(self) -> None:
         """Free the model."""
-        if self._batch is not None:
-            self._batch.close()
         with keeping_signal_stack():
             self._batch = self._pipeline = self._uncached = self._weights = self._tokenizer = None
 
