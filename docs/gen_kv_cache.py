@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ov_phi3.generator import Generator
-from ov_phi3.kv_cache import BlockLedger
+from ov_phi3.engine.runner import Generator
+from ov_phi3.kv.cache import BlockLedger
 
 PICTURE = Path(__file__).with_name("kv-cache.svg")
 BLOCK = 32

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ov_phi3 import config_names
-from ov_phi3.generation_config import DEFAULTS, GenerationConfig
+from ov_phi3.generation import names as config_names
+from ov_phi3.generation.config import DEFAULTS, GenerationConfig
 
 PAGE = Path(__file__).with_name("options.md")
 

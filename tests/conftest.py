@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("ov_phi3", deadline=None)
 settings.load_profile("ov_phi3")
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 
 @pytest.fixture(autouse=True)
 def signal_stack() -> Iterator[None]:
     """No test leaves this thread on a signal stack of a Core of its own, which is freed when that Core goes."""
-    from ov_phi3._core import keeping_signal_stack
+    from ov_phi3.system.core import keeping_signal_stack
 
     with keeping_signal_stack():
         yield

@@ -11,10 +11,13 @@ TYPE_CHECKING = False  # type checkers take it for typing's, whose import would 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ov_phi3.backends import Backend, EngineReport, PrefixCache, Request
+    from ov_phi3.backends.protocol import Backend, EngineReport, PrefixCache, Request
+    from ov_phi3.bench.measurement import measure, random_prompt
+    from ov_phi3.bench.report import ChatTurn, Measurement, Report, Summary
+    from ov_phi3.bench.roofline import Roofline
     from ov_phi3.chat import Chat
-    from ov_phi3.device import DeviceInfo, devices
     from ov_phi3.doctor import Check, diagnose
+    from ov_phi3.engine.stream import TokenStream
     from ov_phi3.errors import (
         ClosedError,
         ConfigError,
@@ -29,27 +32,24 @@ if TYPE_CHECKING:
         StreamError,
         TemplateError,
     )
-    from ov_phi3.exporter import export
-    from ov_phi3.generation_config import GenerationConfig
-    from ov_phi3.kv_cache import KVUsage
+    from ov_phi3.exporting.exporter import export
+    from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.generation.metrics import Metrics
+    from ov_phi3.generation.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
+    from ov_phi3.kv.cache import KVUsage
     from ov_phi3.loading import LoadReport, ModelWarning, load
-    from ov_phi3.machine import Machine
-    from ov_phi3.measurement import measure, random_prompt
-    from ov_phi3.metrics import Metrics
-    from ov_phi3.model_info import ModelInfo
+    from ov_phi3.model.info import ModelInfo
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
-    from ov_phi3.report import ChatTurn, Measurement, Report, Summary
-    from ov_phi3.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
-    from ov_phi3.roofline import Roofline
-    from ov_phi3.stream import TokenStream
-    from ov_phi3.template import ChatTemplate, Raw
-    from ov_phi3.tokenizer import Tokenizer
+    from ov_phi3.system.devices import DeviceInfo, devices
+    from ov_phi3.system.machine import Machine
+    from ov_phi3.text.template import ChatTemplate, Raw
+    from ov_phi3.text.tokenizer import Tokenizer
 
 _HOMES = {
-    "backends": ("Backend", "EngineReport", "PrefixCache", "Request"),
+    "backends.protocol": ("Backend", "EngineReport", "PrefixCache", "Request"),
     "chat": ("Chat",),
-    "device": ("DeviceInfo", "devices"),
+    "system.devices": ("DeviceInfo", "devices"),
     "doctor": ("Check", "diagnose"),
     "errors": (
         "ClosedError",
@@ -65,22 +65,22 @@ _HOMES = {
         "StreamError",
         "TemplateError",
     ),
-    "exporter": ("export",),
-    "generation_config": ("GenerationConfig",),
-    "kv_cache": ("KVUsage",),
+    "exporting.exporter": ("export",),
+    "generation.config": ("GenerationConfig",),
+    "kv.cache": ("KVUsage",),
     "loading": ("LoadReport", "ModelWarning", "load"),
-    "machine": ("Machine",),
-    "measurement": ("measure", "random_prompt"),
-    "metrics": ("Metrics",),
-    "model_info": ("ModelInfo",),
+    "system.machine": ("Machine",),
+    "bench.measurement": ("measure", "random_prompt"),
+    "generation.metrics": ("Metrics",),
+    "model.info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
     "prefix": ("Prefix",),
-    "report": ("ChatTurn", "Measurement", "Report", "Summary"),
-    "results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
-    "roofline": ("Roofline",),
-    "stream": ("TokenStream",),
-    "template": ("ChatTemplate", "Raw"),
-    "tokenizer": ("Tokenizer",),
+    "bench.report": ("ChatTurn", "Measurement", "Report", "Summary"),
+    "generation.results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
+    "bench.roofline": ("Roofline",),
+    "engine.stream": ("TokenStream",),
+    "text.template": ("ChatTemplate", "Raw"),
+    "text.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

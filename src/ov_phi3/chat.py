@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.errors import ConfigError, StreamError, did_you_mean
-from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.kv_cache import KVUsage
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.results import GenerationResult
+from ov_phi3.kv.cache import KVUsage
 from ov_phi3.prefix import written
-from ov_phi3.results import GenerationResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.kv_cache import KVValue
+    from ov_phi3.engine.stream import Channel, TokenStream
+    from ov_phi3.engine.worker import OnPrefill
+    from ov_phi3.kv.cache import KVValue
     from ov_phi3.pipeline import Pipeline
-    from ov_phi3.stream import Channel, TokenStream
-    from ov_phi3.tokenizer import Tokenizer
-    from ov_phi3.worker import OnPrefill
+    from ov_phi3.text.tokenizer import Tokenizer
 
 __all__ = ["Chat", "Exchange"]
 

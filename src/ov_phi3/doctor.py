@@ -6,7 +6,6 @@ is wrong, what to do. Everything it asks goes through arguments, so that every b
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -15,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ov_phi3.device import SEE_DOCTOR, DeviceInfo, hint, resolve
-from ov_phi3.device import devices as list_devices
 from ov_phi3.errors import Error
-from ov_phi3.machine import Obstacle, Probe, gpu_obstacles
+from ov_phi3.model.info import ModelInfo
+from ov_phi3.system import versions
+from ov_phi3.system.devices import SEE_DOCTOR, DeviceInfo, hint, resolve
+from ov_phi3.system.devices import devices as list_devices
+from ov_phi3.system.machine import Obstacle, Probe, gpu_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -323,7 +324,8 @@ def _against_cpu(name: str, ids: list[int], cpu: list[int]) -> Check:
 
 def greedy_ids(model_dir: Path, device: str, times: int) -> list[list[int]]:
     """Greedy ids of the canary prompt, `times` times from one pipeline, through the public API."""
-    load: Any = importlib.import_module("ov_phi3").load
+    from ov_phi3.loading import load
+
     greedy = {"do_sample": False, "ignore_eos": True}
     with load(model_dir, device=device) as pipe:
         results = [pipe.generate(CANARY_PROMPT, max_new_tokens=CANARY_TOKENS, **greedy) for _ in range(times)]
@@ -331,11 +333,9 @@ def greedy_ids(model_dir: Path, device: str, times: int) -> list[list[int]]:
 
 
 def _installed_versions() -> Mapping[str, str | None]:
-    versions: Any = importlib.import_module("ov_phi3.versions")
     versions.check()
-    installed: Mapping[str, str | None] = versions.installed()
-    return installed
+    return versions.installed()
 
 
 def _inspect(model_dir: Path) -> Any:
-    return importlib.import_module("ov_phi3.model_info").ModelInfo.from_dir(model_dir)
+    return ModelInfo.from_dir(model_dir)

@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3 import config_names, versions
-from ov_phi3 import device as devices
-from ov_phi3._core import few_kernels, give_memory_back
-from ov_phi3.backends import BACKENDS, Backend
 from ov_phi3.backends.infer_request import infer_request_properties
-from ov_phi3.engines import ASSISTED, chunk_for, open_engine
+from ov_phi3.backends.protocol import BACKENDS, Backend
+from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, Generator
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
-from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.generator import LARGE_MODEL_CHUNK, Generator
-from ov_phi3.kv_pool import KVPool, plan
-from ov_phi3.model_info import ModelInfo
+from ov_phi3.generation import names as config_names
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.kv.sizing import KVPool, plan
+from ov_phi3.model.info import ModelInfo
+from ov_phi3.opening import ASSISTED, chunk_for, open_engine
 from ov_phi3.pipeline import Pipeline
-from ov_phi3.template import ChatTemplate, Message
-from ov_phi3.tokenizer import Tokenizer
+from ov_phi3.system import devices, versions
+from ov_phi3.system.core import few_kernels, give_memory_back
+from ov_phi3.text.template import ChatTemplate, Message
+from ov_phi3.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from ov_phi3.device import DeviceInfo
+    from ov_phi3.system.devices import DeviceInfo
 
 __all__ = ["LoadReport", "ModelWarning", "load"]
 

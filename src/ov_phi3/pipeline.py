@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ov_phi3.backends import Backend, Request
 from ov_phi3.backends.infer_request import InferRequestBackend
+from ov_phi3.backends.protocol import Backend, Request
 from ov_phi3.chat import Chat
+from ov_phi3.engine.limits import Limits, seconds
+from ov_phi3.engine.queue import Turn, Turns
+from ov_phi3.engine.runner import Cancelled, Generator
+from ov_phi3.engine.stream import Channel, TokenStream, new_worker, now
+from ov_phi3.engine.worker import OnEnd, OnPrefill, Reply, first_sentence
 from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError, forked
-from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.generator import Cancelled, Generator
-from ov_phi3.kv_cache import KVLayout
-from ov_phi3.kv_pool import KVPool
-from ov_phi3.limits import Limits, seconds
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.results import GenerationResult, Score
+from ov_phi3.kv.cache import KVLayout
+from ov_phi3.kv.sizing import KVPool
+from ov_phi3.kv.snapshot import identity_of
 from ov_phi3.prefix import Prefix, as_messages, loaded_prefix, prefilled, prompt_ids, restored, score
-from ov_phi3.results import GenerationResult, Score
-from ov_phi3.snapshot import identity_of
-from ov_phi3.stream import Channel, TokenStream, new_worker, now
-from ov_phi3.template import Message, Raw
-from ov_phi3.tokenizer import Tokenizer, as_ids
-from ov_phi3.turns import Turn, Turns
-from ov_phi3.worker import OnEnd, OnPrefill, Reply, first_sentence
+from ov_phi3.text.template import Message, Raw
+from ov_phi3.text.tokenizer import Tokenizer, as_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.device import DeviceInfo
     from ov_phi3.loading import LoadReport
-    from ov_phi3.model_info import ModelInfo
+    from ov_phi3.model.info import ModelInfo
+    from ov_phi3.system.devices import DeviceInfo
 
     Prompt: TypeAlias = str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
 

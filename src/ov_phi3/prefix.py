@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3 import snapshot
-from ov_phi3.backends import Request
 from ov_phi3.backends.infer_request import InferRequestBackend
+from ov_phi3.backends.protocol import Request
 from ov_phi3.errors import GenerationError, PromptError, SnapshotError
-from ov_phi3.generation_config import GenerationConfig
-from ov_phi3.kv_cache import KVTensors, KVValue
-from ov_phi3.results import Score
-from ov_phi3.snapshot import check_identity
-from ov_phi3.template import Message, Raw
-from ov_phi3.tokenizer import as_ids
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.results import Score
+from ov_phi3.kv import snapshot
+from ov_phi3.kv.cache import KVTensors, KVValue
+from ov_phi3.kv.snapshot import check_identity
+from ov_phi3.text.template import Message, Raw
+from ov_phi3.text.tokenizer import as_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.chat import Chat
+    from ov_phi3.engine.worker import OnPrefill
     from ov_phi3.pipeline import Pipeline, Prompt
-    from ov_phi3.worker import OnPrefill
 
 __all__ = [
     "Prefix",

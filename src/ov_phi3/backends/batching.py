@@ -13,11 +13,11 @@ import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.backends import Cancelled, Hypothesis
-from ov_phi3.turns import Turns
+from ov_phi3.backends.protocol import Cancelled, Hypothesis
+from ov_phi3.engine.queue import Turns
 
 if TYPE_CHECKING:
-    from ov_phi3.backends import Emit, Request
+    from ov_phi3.backends.protocol import Emit, Request
 
 __all__ = ["Batch"]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3._core import shared_core
+from ov_phi3.system.core import shared_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

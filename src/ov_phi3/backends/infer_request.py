@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ov_phi3._core import keeping_signal_stack, never_freed_in_children, shared_core
-from ov_phi3.backends import Cancelled, EngineReport, Hypothesis
 from ov_phi3.backends.graph import ROWS, Graph, mark
 from ov_phi3.backends.kv_slots import KVSlots, Slot
+from ov_phi3.backends.protocol import Cancelled, EngineReport, Hypothesis
+from ov_phi3.backends.sampling import Sampler, log_softmax
 from ov_phi3.errors import ConfigError
-from ov_phi3.sampling import Sampler, log_softmax
+from ov_phi3.system.core import keeping_signal_stack, never_freed_in_children, shared_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.backends import Emit, Request
-    from ov_phi3.device import DeviceInfo
-    from ov_phi3.generation_config import GenerationConfig
-    from ov_phi3.results import TokenLogprob
+    from ov_phi3.backends.protocol import Emit, Request
+    from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.generation.results import TokenLogprob
+    from ov_phi3.system.devices import DeviceInfo
 
 __all__ = ["InferRequestBackend", "infer_request_properties"]
 

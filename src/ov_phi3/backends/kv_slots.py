@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.kv_cache import DTYPES, KVTensors, KVValue
+from ov_phi3.kv.cache import DTYPES, KVTensors, KVValue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.backends import Request
+    from ov_phi3.backends.protocol import Request
 
 __all__ = ["KVSlots", "Slot"]
 

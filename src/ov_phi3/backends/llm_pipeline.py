@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3._core import keeping_signal_stack, never_freed_in_children
-from ov_phi3._tokenizer_ir import for_engine
-from ov_phi3.backends import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.backends.batching import Batch
 from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
+from ov_phi3.backends.protocol import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.errors import ConfigError
+from ov_phi3.system.core import keeping_signal_stack, never_freed_in_children
+from ov_phi3.text.graphs import for_engine
 
 if TYPE_CHECKING:
-    from ov_phi3.backends import Emit, Request
-    from ov_phi3.generation_config import GenerationConfig
+    from ov_phi3.backends.protocol import Emit, Request
+    from ov_phi3.generation.config import GenerationConfig
 
 __all__ = ["LLMPipelineBackend"]
 

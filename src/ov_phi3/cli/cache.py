@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ov_phi3.bench.text import table
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError
-from ov_phi3.report_text import table
 
 __all__ = ["add_cache"]
 
@@ -66,7 +66,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> Any:
-    from ov_phi3.template import Raw
+    from ov_phi3.text.template import Raw
 
     if args.system is not None:
         text = (sys.stdin.read() if sys.stdin else "") if args.system == "-" else args.system
@@ -83,7 +83,7 @@ def _prompt(args: argparse.Namespace) -> Any:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from ov_phi3 import snapshot
+    from ov_phi3.kv import snapshot
 
     found = snapshot.read(args.file, verify=False)
     tensors = found.value.tensors
@@ -108,10 +108,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ov_phi3 import snapshot
-    from ov_phi3.model_info import ModelInfo
-    from ov_phi3.snapshot import check_identity, identity_of
-    from ov_phi3.template import ChatTemplate
+    from ov_phi3.kv import snapshot
+    from ov_phi3.kv.snapshot import check_identity, identity_of
+    from ov_phi3.model.info import ModelInfo
+    from ov_phi3.text.template import ChatTemplate
 
     found = snapshot.read(args.file)
     if args.model is None:

@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3 import generation_config
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError, Error
-from ov_phi3.generation_config import GenerationConfig
+from ov_phi3.generation import config as generation_config
+from ov_phi3.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
     from ov_phi3.chat import Chat
+    from ov_phi3.engine.stream import TokenStream
+    from ov_phi3.generation.results import GenerationResult
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
-    from ov_phi3.results import GenerationResult
-    from ov_phi3.stream import TokenStream
 
 __all__ = ["add_chat", "add_generate"]
 

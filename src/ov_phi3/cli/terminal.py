@@ -10,13 +10,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.backends import BACKENDS
+from ov_phi3.backends.protocol import BACKENDS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from ov_phi3._export.child import ProgressLine
+    from ov_phi3.exporting.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
 __all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress", "status_line"]

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ov_phi3.bench.text import table
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError
-from ov_phi3.report_text import table
 
 __all__ = ["add_bench", "add_devices", "add_doctor", "add_export"]
 
@@ -122,7 +122,7 @@ def add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ov_phi3.measurement import measure
+    from ov_phi3.bench.measurement import measure
 
     with terminal.load(args) as pipe, terminal.status_line() as tell:
         report = measure(

@@ -1,0 +1,1 @@
+"""Measuring a pipeline, and reports of what was measured."""

@@ -1,0 +1,155 @@
+"""How fast a reply could be at most: what a token reads from memory, over how fast this device reads memory.
+
+Decoding one token reads every weight once and the keys and values of all tokens before it, and does so little with each
+byte that reading is what it waits for (Williams, Waterman, Patterson: "Roofline", 2009). So
+
+    limit of TPOT = (weights read + KV cache read) / memory bandwidth
+
+holds for one token a step. With prompt lookup or a draft model a step yields several, and can pass it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.errors import ModelError
+from ov_phi3.kv.cache import KVLayout
+from ov_phi3.system.core import shared_core
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ov_phi3.model.info import ModelInfo
+
+__all__ = ["Roofline", "bandwidth", "weight_bytes_per_token"]
+
+_READ_BYTES = 256 * 2**20
+"""Far more than any last-level cache of a client machine holds."""
+
+_WIDTH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The limit that memory sets to decoding.
+
+    Attributes:
+        bandwidth_bytes_per_s: what this device reads from memory in a second, measured (`bandwidth`).
+        weight_bytes: weights that one token reads, as the model stores them.
+        kv_bytes_per_token: KV cache of one token, as the engine stores it.
+    """
+
+    bandwidth_bytes_per_s: float
+    weight_bytes: int
+    kv_bytes_per_token: float
+
+    @classmethod
+    def measure(cls, info: ModelInfo, device: str, properties: Mapping[str, Any] | None = None) -> Roofline:
+        """Of an exported model on a device; measures the bandwidth, which takes a second or two.
+
+        Args:
+            info: the model.
+            device: an OpenVINO device name.
+            properties: OpenVINO's, as far as they say how the KV cache is stored.
+
+        Raises:
+            ModelError: the model's file cannot be read.
+        """
+        layout = KVLayout.of(info, device.partition(".")[0], properties or {})
+        return cls(
+            bandwidth_bytes_per_s=bandwidth(device),
+            weight_bytes=weight_bytes_per_token(info.path / "openvino_model.xml"),
+            kv_bytes_per_token=layout.bytes_per_token(info),
+        )
+
+    def bytes_at(self, cached_tokens: float) -> float:
+        """Bytes that one token reads when so many are before it."""
+        return self.weight_bytes + self.kv_bytes_per_token * cached_tokens
+
+    def limit_ms(self, cached_tokens: float) -> float:
+        """The least time for one token when so many are before it, in milliseconds."""
+        return self.bytes_at(cached_tokens) / self.bandwidth_bytes_per_s * 1000.0
+
+    def fraction(self, tpot_ms: float, cached_tokens: float) -> float:
+        """How much of the limit a measured time per token reaches: 1 is as fast as memory allows."""
+        return self.limit_ms(cached_tokens) / tpot_ms
+
+
+def bandwidth(device: str, *, repeat: int = 9) -> float:
+    """Memory bandwidth that a device reaches when it reads weights, in bytes per second.
+
+    A vector times a float32 matrix of 256 MiB, in float32: one pass over the matrix and two operations per value, as in
+    decoding. On a CPU it gives the same figure as summing an array with one thread per core.
+
+    Args:
+        device: an OpenVINO device name.
+        repeat: passes; the median counts, since a last-level cache that many share can make single ones faster than
+            the memory is.
+    """
+    from openvino import Model, opset13
+
+    rows = _READ_BYTES // 4 // _WIDTH
+    vector = opset13.parameter([1, _WIDTH], np.float32)
+    matrix = opset13.constant(np.ones((rows, _WIDTH), np.float32), shared_memory=True)
+    model = Model([opset13.matmul(vector, matrix, False, True)], [vector])
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = shared_core().compile_model(model, device, properties).create_infer_request()
+    request.infer([np.ones((1, _WIDTH), np.float32)])  # the first one also arranges the weights
+    times = []
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        request.infer()
+        times.append(time.perf_counter() - begun)
+    return _READ_BYTES / statistics.median(times)
+
+
+def weight_bytes_per_token(xml: Path) -> int:
+    """Bytes of constants that one token reads, from a model's `.xml` file.
+
+    All of them but tables in which a token looks up one row: the input embedding, unless the output layer uses the same
+    one.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        root = ET.parse(xml).getroot()
+    except (OSError, ET.ParseError) as exc:
+        raise ModelError(f"{xml} cannot be read: {exc}.") from exc
+    layers = {layer.get("id", ""): layer for layer in root.iterfind("layers/layer")}
+    readers: dict[str, list[str]] = defaultdict(list)
+    for edge in root.iterfind("edges/edge"):
+        readers[edge.get("from-layer", "")].append(edge.get("to-layer", ""))
+    reads: dict[str, int] = {}  # by place in the file: constants of equal content share one
+    for key, layer in layers.items():
+        data = layer.find("data")
+        if layer.get("type") != "Const" or data is None:
+            continue
+        size, place = int(data.get("size", "0")), data.get("offset", "")
+        if _is_table(key, layers, readers):
+            size //= int((data.get("shape") or "1").split(",")[0])
+        reads[place] = max(size, reads.get(place, 0))
+    return sum(reads.values())
+
+
+def _is_table(key: str, layers: dict[str, ET.Element], readers: dict[str, list[str]]) -> bool:
+    """Whether a constant, decompressed or not, is only ever looked up in."""
+    seen, ends = set(), set()
+    pending = [key]
+    while pending:
+        for reader in readers[pending.pop()]:
+            kind = layers[reader].get("type", "")
+            if kind in ("Convert", "Subtract", "Multiply", "Reshape") and reader not in seen:
+                seen.add(reader)
+                pending.append(reader)
+            else:
+                ends.add(kind)
+    return ends == {"Gather"}

@@ -1,0 +1,1 @@
+"""The running model between the facade and a backend: queue, prefill, LongRoPE, workers, streams."""

@@ -1,0 +1,243 @@
+"""Recipes, and the flags of `optimum-cli export openvino` as keyword arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ov_phi3.errors import ConfigError, did_you_mean
+from ov_phi3.model.config import Phi3Config
+
+__all__ = ["FLAGS", "RECIPES", "TASK", "Flag", "Flags", "Recipe", "arguments", "combine", "group_size_channels"]
+
+TASK = "text-generation-with-past"
+
+Flags = dict[str, Any]
+"""Flag name (underscores) to value: True for a switch, else what follows the flag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag of `optimum-cli export openvino`.
+
+    Attributes:
+        kind: type of its value; bool for a switch.
+        choices: the values it takes, where they are few.
+        option: its spelling on the command line.
+    """
+
+    kind: type
+    choices: tuple[str, ...] = ()
+    option: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A named set of flags.
+
+    Attributes:
+        name: what `export` calls it.
+        summary: one line for a help text.
+        flags: the flags it stands for.
+    """
+
+    name: str
+    summary: str
+    flags: Mapping[str, Any]
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "int4",
+            "60 % of the layers int4, the rest int8; the cookbook's",
+            {"weight_format": "int4", "group_size": 128, "ratio": 0.6, "sym": True},
+        ),
+        Recipe(
+            "int4-max",
+            "all layers int4: smallest and fastest",
+            {"weight_format": "int4", "group_size": 128, "ratio": 1.0, "sym": True},
+        ),
+        Recipe("int8", "all weights int8", {"weight_format": "int8"}),
+        Recipe("fp16", "weights float16, not quantised", {"weight_format": "fp16"}),
+        Recipe("fp32", "weights float32, for comparisons", {"weight_format": "fp32"}),
+    )
+}
+
+_4BIT = ("int4", "mxfp4", "nf4", "cb4")
+_MIXED_MODES = ("cb4_f8e4m3", "int4_f8e4m3", "int4_f8e5m2")
+
+FLAGS: Mapping[str, Flag] = {
+    "weight_format": Flag(str, ("fp32", "fp16", "int8", *_4BIT)),
+    "quant_mode": Flag(str, ("int8", "f8e4m3", "f8e5m2", *_MIXED_MODES)),
+    "ratio": Flag(float),
+    "sym": Flag(bool),
+    "group_size": Flag(int),
+    "group_size_fallback": Flag(str, ("error", "ignore", "adjust")),
+    "backup_precision": Flag(str, ("none", "int8_sym", "int8_asym")),
+    "dataset": Flag(str),
+    "all_layers": Flag(bool),
+    "awq": Flag(bool),
+    "scale_estimation": Flag(bool),
+    "gptq": Flag(bool),
+    "lora_correction": Flag(bool),
+    "sensitivity_metric": Flag(
+        str,
+        (
+            "weight_quantization_error",
+            "hessian_input_activation",
+            "mean_activation_variance",
+            "max_activation_variance",
+            "mean_activation_magnitude",
+        ),
+    ),
+    "quantization_statistics_path": Flag(str),
+    "num_samples": Flag(int),
+    "smooth_quant_alpha": Flag(float),
+    "cache_dir": Flag(str, option="--cache_dir"),
+    "pad_token_id": Flag(int),
+    "variant": Flag(str),
+    "model_kwargs": Flag(dict),
+    "framework": Flag(str, ("pt",)),
+    "library": Flag(str, ("transformers",)),
+}
+"""The flags that `export` passes on. `test_export` holds the list against `optimum-cli export openvino --help`."""
+
+REFUSED: Mapping[str, str] = {
+    "task": f"it is always {TASK!r}, the only task whose models have a KV cache",
+    "disable_stateful": "both backends need the KV cache in the model's state",
+    "disable_convert_tokenizer": "the library needs the converted tokenizer",
+    "model": "it is the first argument, source",
+    "output": "it is the second argument",
+    "help": "see `optimum-cli export openvino --help`",
+    "revision": "optimum-cli has no such flag; download that revision and pass its directory as the source",
+}
+"""Flags that a caller may know and that `export` does not pass on, and why."""
+
+_QUANTISED_ONLY = frozenset(FLAGS) - {
+    "weight_format", "cache_dir", "pad_token_id", "variant", "model_kwargs", "framework", "library",
+}  # fmt: skip
+_ACTIVATIONS_ONLY = frozenset({"smooth_quant_alpha"})
+_DATA_AWARE = ("scale_estimation", "gptq", "lora_correction")
+_4BIT_ONLY = _QUANTISED_ONLY - _ACTIVATIONS_ONLY - {"quant_mode", "sym"}
+
+
+def combine(recipe: str, flags: Mapping[str, Any]) -> Flags:
+    """A recipe's flags with the caller's over them.
+
+    None or False takes a flag of the recipe away. Another `weight_format`, or a `quant_mode`, takes the recipe's other
+    flags away, for they belong to its own format.
+
+    Raises:
+        ConfigError: an unknown recipe or flag, a value out of range, or a flag that optimum-cli would ignore.
+        TypeError: a value of a wrong type.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES)}.{did_you_mean(recipe, RECIPES)}")
+    given = {name: _checked(name, value) for name, value in flags.items()}
+    base = dict(RECIPES[recipe].flags)
+    if given.get("quant_mode") or given.get("weight_format", base["weight_format"]) != base["weight_format"]:
+        base = {}
+    combined = {name: value for name, value in {**base, **given}.items() if value is not None and value is not False}
+    _check_together(combined)
+    return combined
+
+
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """The flags as command-line arguments."""
+    result: list[str] = []
+    for name, value in flags.items():
+        result.append(FLAGS[name].option or "--" + name.replace("_", "-"))
+        if value is not True:
+            result.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return result
+
+
+def group_size_channels(config: Phi3Config) -> dict[str, int]:
+    """Input widths of the layers that are compressed in groups: a group size has to divide each of them.
+
+    qkv_proj and gate_up_proj read the hidden state, o_proj the attention heads, down_proj the MLP. The embedding and
+    the output layer are int8, except with `all_layers`, and have the width of the hidden state as well.
+    """
+    return {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+
+
+def _checked(name: str, value: object) -> object:
+    if name in REFUSED:
+        raise ConfigError(f"{name} cannot be set: {REFUSED[name]}.")
+    if name not in FLAGS:
+        near = did_you_mean(name, FLAGS)
+        raise ConfigError(f"{name!r} is not a flag of `optimum-cli export openvino`.{near} Valid: {', '.join(FLAGS)}.")
+    flag = FLAGS[name]
+    if value is None:
+        return None
+    accepted = (int, float) if flag.kind is float else (flag.kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and flag.kind is not bool):
+        raise TypeError(f"{name} is {value!r}; expected {flag.kind.__name__} or None, not {type(value).__name__}")
+    if flag.choices and value not in flag.choices:
+        near = did_you_mean(str(value), flag.choices)
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(flag.choices)}.{near}")
+    _check_range(name, value)
+    return value
+
+
+def _check_range(name: str, value: Any) -> None:
+    if name == "ratio" and not 0 < value <= 1:
+        raise ConfigError(f"ratio is {value}; expected the share of layers in 4 bits, above 0 and up to 1.")
+    if name == "group_size" and value != -1 and value < 1:
+        raise ConfigError(
+            f"group_size is {value}; expected a positive number such as 128, or -1 for one group per row."
+        )
+    if name == "num_samples" and value < 1:
+        raise ConfigError(f"num_samples is {value}; expected at least 1.")
+    if name in ("dataset", "quantization_statistics_path", "cache_dir", "variant") and not value:
+        raise ConfigError(f"{name} is empty; expected text, or None for none.")
+
+
+def _check_together(flags: Flags) -> None:
+    mode, weights = flags.get("quant_mode"), flags.get("weight_format")
+    if mode is None and weights is None:
+        raise ConfigError("weight_format is None; expected one of " + ", ".join(FLAGS["weight_format"].choices) + ".")
+    if mode is not None and weights is not None:
+        raise ConfigError(f"weight_format {weights!r} and quant_mode {mode!r} exclude each other; give one of them.")
+    if mode is not None and "dataset" not in flags:
+        raise ConfigError(f"quant_mode {mode!r} needs a dataset to calibrate with, such as dataset='wikitext2'.")
+    ignored = _without_effect(mode, weights) & flags.keys()
+    if ignored:
+        raise ConfigError(
+            f"{', '.join(sorted(ignored))}: no effect with {'quant_mode' if mode else 'weight_format'} "
+            f"{mode or weights!r}, and optimum-cli would ignore it. Leave it out, or choose a 4-bit weight_format."
+        )
+    for name in (*_DATA_AWARE, "num_samples"):
+        if name in flags and "dataset" not in flags:
+            raise ConfigError(f"{name} needs a dataset to measure activations with, such as dataset='wikitext2'.")
+    if (
+        weights in _4BIT
+        and "dataset" in flags
+        and flags.get("ratio", 1) == 1
+        and not flags.keys() & {"awq", *_DATA_AWARE}
+    ):
+        raise ConfigError(
+            "dataset has no effect: all layers are in 4 bits (ratio 1) and no algorithm uses it. Leave it out, or add "
+            "awq, scale_estimation, gptq or lora_correction."
+        )
+    if weights == "mxfp4" and flags.get("group_size", 32) != 32:
+        raise ConfigError(f"group_size is {flags['group_size']}; expected 32, the only one that mxfp4 has.")
+
+
+def _without_effect(mode: str | None, weights: str | None) -> frozenset[str]:
+    """Flags that optimum-cli takes and ignores with a quantisation mode or weight format (its `prepare_wc_config`)."""
+    if mode in _MIXED_MODES:
+        return frozenset()
+    if mode is not None:
+        return _4BIT_ONLY - {"dataset", "num_samples"}
+    if weights in ("fp16", "fp32"):
+        return _QUANTISED_ONLY
+    return _ACTIVATIONS_ONLY | (_4BIT_ONLY if weights == "int8" else frozenset())

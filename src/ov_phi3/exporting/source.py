@@ -1,0 +1,189 @@
+"""What is to be exported: a directory with a Hugging Face model, or a name on the hub, checked before time is spent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ov_phi3.errors import ExportError, ModelError
+from ov_phi3.model.config import Phi3Config, read_json
+from ov_phi3.model.files import expanded, has_weights, listing
+
+__all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source", "total_memory"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_GIB = 2**30
+_BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checked source.
+
+    Attributes:
+        name: what optimum-cli gets: an absolute path, or the name on the hub.
+        local: whether it is a directory.
+        config: its `config.json`, None while that is unknown.
+        weight_bytes: size of its weights, None while unknown.
+        parameters: number of weights, None while unknown.
+        revision: commit on the hub, or None.
+    """
+
+    name: str
+    local: bool
+    config: Phi3Config | None = None
+    weight_bytes: int | None = None
+    parameters: int | None = None
+    revision: str | None = None
+
+
+def find_source(source: str | os.PathLike[str]) -> Source:
+    """Tell a directory from a hub name, and check a directory.
+
+    Raises:
+        ModelError: neither, or a directory that cannot be exported.
+        TypeError: not a path or a string.
+    """
+    path = expanded(source)
+    if path.exists():
+        return local_source(path.resolve())
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and ".." not in source:
+        return Source(source, local=False)
+    raise ModelError(
+        f"{str(source)!r} is neither a directory nor a hub name; expected a directory with config.json, weights and "
+        "tokenizer, or a name such as 'microsoft/Phi-3-mini-4k-instruct'."
+    )
+
+
+def local_source(path: Path) -> Source:
+    """Check a directory with a Hugging Face model.
+
+    Raises:
+        ModelError: not a directory, no `config.json`, another architecture, no weights, shards missing or cut off, or
+            no tokenizer.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is a file; expected the directory that holds the model, {path.parent}.")
+    names = listing(path)
+    if "config.json" not in names:
+        raise ModelError(f"{path} has no config.json; expected a directory with a Hugging Face model.")
+    config = Phi3Config.read(path / "config.json")
+    if not has_weights(names):
+        if "openvino_model.xml" in names:
+            raise ModelError(f"{path} is exported already; load it as it is, or export from the original model.")
+        raise ModelError(f"{path} has no weights; expected *.safetensors (or pytorch_model*.bin) beside config.json.")
+    if not any(name in names for name in _TOKENIZERS):
+        raise ModelError(f"{path} has no tokenizer; expected tokenizer.json or tokenizer.model beside config.json.")
+    size, parameters = _check_weights(path, names)
+    return Source(str(path), True, config, size, parameters)
+
+
+def _check_weights(path: Path, names: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes and number of the weights, after seeing that no shard is missing or cut off."""
+    shards = sorted(name for name in names if name.endswith(".safetensors"))
+    if "model.safetensors.index.json" in names:
+        file = read_json(path / "model.safetensors.index.json")
+        weights = file.data.get("weight_map")
+        if not isinstance(weights, dict):
+            raise file.error("weight_map", weights, "an object that maps each weight to its file")
+        shards = sorted({str(name) for name in weights.values()})
+        if missing := [name for name in shards if name not in names]:
+            raise ModelError(f"{path} lacks {', '.join(missing)}, named by {file.path.name}; download them as well.")
+    if not shards:
+        size = sum(names[name] for name in names if has_weights({name: 0}))
+        return size, size // 2
+    parts = [_read_shard(path / name, names[name]) for name in shards]
+    return sum(names[name] for name in shards), sum(parts)
+
+
+def _read_shard(file: Path, size: int) -> int:
+    """The number of values in a safetensors file: 8 bytes of header length, a JSON header, the values."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise ModelError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its directory.")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            header: dict[str, Any] = json.loads(stream.read(length)) if length < size else {}
+        tensors = [value for name, value in header.items() if name != "__metadata__"]
+        needed = 8 + length + max((value["data_offsets"][1] for value in tensors), default=0)
+        values: int = sum(
+            (v["data_offsets"][1] - v["data_offsets"][0]) // _BYTES_PER_VALUE.get(v["dtype"], 1) for v in tensors
+        )
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{file} is not a safetensors file; download it again.") from error
+    if size < needed:
+        raise ModelError(f"{file} is cut off: it has {size} bytes, and its header needs {needed}. Download it again.")
+    return values
+
+
+def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> str | None:
+    """Hold the disk and the memory that an export needs against what is there.
+
+    Disk: the model in the source's precision, which optimum-cli writes before it quantises, and the result. Memory: 1.5
+    times the source's weights (measured: 11 GB for 7.6 GB of Phi-3-mini).
+
+    Returns:
+        a warning if the free memory may not be enough, or None.
+
+    Raises:
+        ExportError: the disk has not enough room, or the machine not enough memory at all.
+    """
+    if source.weight_bytes is None or source.parameters is None:
+        return None
+    bits = {"fp32": 32, "fp16": 16, "int8": 8.5}.get(flags.get("weight_format", "int8"), 6.5)
+    result = int(source.parameters * bits / 8)
+    disk = result if flags.get("weight_format") in ("fp16", "fp32") else result + source.weight_bytes
+    free = shutil.disk_usage(directory).free
+    if free < disk:
+        raise ExportError(
+            f"{directory} has {free / _GIB:.1f} GiB free; the export needs about {disk / _GIB:.1f} GiB while it runs "
+            f"({result / _GIB:.1f} GiB for its result). Make room, or choose an output on another disk."
+        )
+    memory, (total, available) = int(1.5 * source.weight_bytes), total_memory()
+    if total is not None and total < memory:
+        raise ExportError(
+            f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {memory / _GIB:.1f} GiB. "
+            "Export on a larger machine and copy the result, or use a model that is exported already."
+        )
+    if available is not None and available < memory:
+        return (
+            f"{available / _GIB:.1f} GiB of memory are free and the export needs about {memory / _GIB:.1f} GiB: it may "
+            "be slow, or be killed. Close other programs."
+        )
+    return None
+
+
+def total_memory() -> tuple[int | None, int | None]:
+    """All memory with swap, and what is free of it, in bytes; None where the system does not say (only Linux does)."""
+    try:
+        fields = dict(
+            re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+        )
+        total = (int(fields["MemTotal"]) + int(fields["SwapTotal"])) * 1024
+        free = (int(fields["MemAvailable"]) + int(fields["SwapFree"])) * 1024
+    except (OSError, KeyError, ValueError):
+        return None, None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no control group, or "max"
+        return total, free
+    return min(total, limit), min(free, limit)
+
+
+def hub_revision(snapshot: Path) -> str | None:
+    """The commit in a path of the hub's cache, `.../snapshots/<commit>/config.json`."""
+    parent = snapshot.parent
+    return parent.name if parent.parent.name == "snapshots" else None

@@ -1,0 +1,150 @@
+"""The temporary directory beside an export's output, and the step that turns it into the output."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from ov_phi3.errors import ExportError
+from ov_phi3.model.files import UNFINISHED, expanded
+
+__all__ = ["Workspace", "check_output"]
+
+_MODEL_FILES = ("openvino_model.xml", "config.json", "ov_phi3.json", "openvino_tokenizer.xml")
+_GRACE_S = 60.0
+
+
+def check_output(output: str | os.PathLike[str], source: Path | None, *, overwrite: bool) -> Path:
+    """The absolute output path, if an export may write there.
+
+    Raises:
+        ExportError: it is a file, holds something already and `overwrite` is off, holds something that is not a model,
+            or lies around the source or the current directory.
+        TypeError: not a path.
+    """
+    target = Path(os.path.abspath(expanded(output)))  # noqa: PTH100 - the link itself is the output
+    if target.is_symlink():
+        target = target.resolve()
+    try:
+        if target.exists() and not target.is_dir():
+            raise ExportError(f"{target} is a file; expected a directory to export into.")
+        inside = sorted(os.listdir(target)) if target.exists() else []  # noqa: PTH208 - names only
+        around_us = Path.cwd().is_relative_to(target)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be read: {error.strerror or error}.") from error
+    if source is not None and source.is_relative_to(target):
+        raise ExportError(f"The output {target} is, or contains, the source {source}; choose another directory.")
+    if around_us:
+        raise ExportError(f"The output {target} is, or contains, the current directory; choose another directory.")
+    if inside and not overwrite:
+        raise ExportError(f"{target} is not empty; pass overwrite=True (--overwrite) to replace it, or choose another.")
+    if inside and not any(name in inside for name in _MODEL_FILES):
+        raise ExportError(
+            f"{target} holds no model, but {inside[0]!r}; it is not overwritten. Choose another directory."
+        )
+    return target
+
+
+class Workspace:
+    """A hidden sibling of the output that a `with` block fills and `install` renames to the output.
+
+    It is locked while its process lives, so that the next export to the same output can tell an abandoned one, which it
+    removes, from a running one, which it leaves alone.
+
+    Attributes:
+        root: the directory.
+        model: where the exported files go; a marker in it keeps it from being taken for a model.
+        scratch: the temporary directory of the subprocesses.
+
+    Raises:
+        ExportError: it cannot be made, or another export to the same output is running.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._lock: IO[bytes] | None = None
+        prefix = f".{target.name}.ov_phi3-export-"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for other in target.parent.glob(f"{_escaped(prefix)}*"):
+                _remove_abandoned(other, target)
+            self.root = target.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+            self.model, self.scratch = self.root / "model", self.root / "scratch"
+            self.root.mkdir()
+            self._lock = _locked(self.root / "lock")
+            self.model.mkdir()
+            (self.model / UNFINISHED).touch()
+            self.scratch.mkdir()
+        except OSError as error:
+            raise ExportError(
+                f"{error.filename or target.parent} cannot be made: {error.strerror or error}."
+            ) from error
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()  # first: Windows removes no open file
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def install(self) -> None:
+        """Put the finished model in the output's place.
+
+        Raises:
+            ExportError: it cannot be renamed; what was there before is back in its place.
+        """
+        replaced = self.root / "replaced"
+        try:
+            (self.model / UNFINISHED).unlink(missing_ok=True)
+            if self._target.exists():
+                self._target.rename(replaced)
+            self.model.rename(self._target)
+        except OSError as error:
+            if replaced.exists() and not self._target.exists():
+                with suppress(OSError):
+                    replaced.rename(self._target)
+            raise ExportError(f"{self._target} cannot be replaced: {error.strerror or error}.") from error
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _remove_abandoned(other: Path, target: Path) -> None:
+    lock = other / "lock"
+    if not lock.exists():
+        if time.time() - other.stat().st_mtime > _GRACE_S:
+            shutil.rmtree(other, ignore_errors=True)
+        return
+    try:
+        _locked(lock).close()
+    except OSError:
+        raise ExportError(f"Another export to {target} is running; wait for it, or choose another output.") from None
+    shutil.rmtree(other, ignore_errors=True)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """An open file that no other process can lock until it is closed, or this process ends."""
+    file = path.open("ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file

@@ -1,0 +1,1 @@
+"""What the files of an exported model directory say; nothing is loaded or run."""

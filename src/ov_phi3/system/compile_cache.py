@@ -1,0 +1,217 @@
+"""OpenVINO's compile cache (`CACHE_DIR`), kept from ever serving a stale blob.
+
+A compiled blob belongs to one model, one OpenVINO release, one driver, one device and one set of properties. OpenVINO
+checks some of that; users have met blobs that loaded and then answered garbage (openvinotoolkit/openvino#31487). So a
+cache folder given by the user only holds sub-folders, one per `cache_key`, and each records the greedy ids that the
+model gave when its blobs were written (the canary). A later load must give the same ids, or the sub-folder is purged
+and the model is compiled anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ov_phi3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ov_phi3.system.devices import DeviceInfo
+
+__all__ = ["CANARY_FILE", "cache_key", "check_canary", "load_guarded", "prepare", "purge", "store_canary"]
+
+CANARY_FILE = "canary.json"
+_FORMAT = 1
+_KEY = re.compile(r"(cpu|gpu|npu)-[0-9a-f]{32}")
+_log = logging.getLogger("ov_phi3")
+T = TypeVar("T")
+
+
+def cache_key(
+    fingerprint: str, versions: Mapping[str, str | None], device: DeviceInfo, config: Mapping[str, Any] | None = None
+) -> str:
+    """The name of the sub-folder for one model on one device: "gpu-" and 32 hexadecimal digits.
+
+    Args:
+        fingerprint: `ModelInfo.fingerprint`; changes when the model's files do.
+        versions: installed versions by package name (openvino, openvino-genai, openvino-tokenizers).
+        device: the resolved device; its kind, full name, architecture and driver count.
+        config: the properties the model is compiled with, except CACHE_DIR; another precision may give other ids.
+
+    """
+    options = {str(key): str(value) for key, value in (config or {}).items() if key != "CACHE_DIR"}
+    facts = {
+        "format": _FORMAT,
+        "model": fingerprint,
+        "versions": dict(versions),
+        "device": [device.kind, device.full_name, device.architecture, device.driver],
+        "config": options,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{device.kind.lower()}-{digest[:32]}"
+
+
+def prepare(base: str | os.PathLike[str], key: str) -> Path:
+    """Make the sub-folder `key` of the user's cache folder and return it.
+
+    Raises:
+        ConfigError: the folder cannot be made or written; the message names it.
+
+    """
+    directory = Path(base) / key
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the compile cache CACHE_DIR={os.fsdecode(base)!r} cannot be written ({error.strerror or error}); "
+            "give a folder you may write to, or leave CACHE_DIR out"
+        ) from error
+    return directory
+
+
+def store_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> None:
+    """Record the greedy ids that the model gave with the blobs in this folder; whole or not at all.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+
+    """
+    target = Path(directory) / CANARY_FILE
+    text = json.dumps({"format": _FORMAT, "token_ids": [int(token) for token in ids]})
+    temporary = target.with_name(f"{CANARY_FILE}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            f"the compile cache {str(directory)!r} cannot be written ({error.strerror or error})"
+        ) from error
+
+
+def check_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> bool | None:
+    """Whether the recorded ids equal these; None when there is no readable record."""
+    recorded = _recorded(Path(directory))
+    return None if recorded is None else recorded == [int(token) for token in ids]
+
+
+def _recorded(directory: Path) -> list[int] | None:
+    try:
+        record = json.loads((directory / CANARY_FILE).read_text(encoding="utf-8"))
+        ids = record["token_ids"] if record["format"] == _FORMAT else None
+        return [int(token) for token in ids] if ids else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def purge(directory: str | os.PathLike[str]) -> None:
+    """Delete everything in a folder that `prepare` made; the folder stays.
+
+    Raises:
+        ConfigError: the folder is not one of ours (its name is no `cache_key`), or a file in it cannot be deleted.
+
+    """
+    directory = Path(directory)
+    if not _KEY.fullmatch(directory.name):
+        raise ConfigError(f"{str(directory)!r} is not a compile cache made by ov_phi3; nothing was deleted")
+    try:
+        for entry in directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"the compile cache {str(directory)!r} is stale and cannot be deleted ({error.strerror or error}); "
+            "delete it by hand"
+        ) from error
+
+
+def load_guarded(
+    directory: str | os.PathLike[str],
+    compile: Callable[[], T],  # noqa: A002 - the word for it
+    canary: Callable[[T], list[int]],
+    discard: Callable[[T], None],
+) -> tuple[T, str]:
+    """Load a model through its compile cache and trust the cache only when the model answers as it did at first.
+
+    Args:
+        directory: what `prepare` returned, and what the engine gets as CACHE_DIR.
+        compile: loads the model; called a second time after a purge.
+        canary: a few greedy ids of a loaded model for a fixed prompt.
+        discard: closes a loaded model that is not kept.
+
+    Returns:
+        the model, and `LoadReport.cache`: "fresh", "verified" or, which is logged as a warning, "purged".
+
+    Raises:
+        ConfigError: a stale cache cannot be deleted.
+    """
+    directory = Path(directory)
+    if not _has_files(directory):
+        return _compile_fresh(directory, compile, canary, discard), "fresh"
+    reason = "it has no record of what the model answered"
+    recorded = _recorded(directory)
+    if recorded is not None:
+        engine, reason = _try_cached(recorded, compile, canary, discard)
+        if engine is not None:
+            return engine[0], "verified"
+    _log.warning("compile cache %s is not used: %s. It is deleted and the model is compiled again.", directory, reason)
+    purge(directory)
+    return _compile_fresh(directory, compile, canary, discard), "purged"
+
+
+def _try_cached(
+    recorded: list[int], compile_: Callable[[], T], canary: Callable[[T], list[int]], discard: Callable[[T], None]
+) -> tuple[tuple[T] | None, str]:
+    """The engine in a 1-tuple when its ids are the recorded ones, else None and the reason."""
+    try:
+        engine = compile_()
+    except Exception as error:  # noqa: BLE001 - whatever a plugin throws at a bad blob; compiled again without it
+        return None, f"loading from it failed ({_first_line(error)})"
+    try:
+        ids = [int(token) for token in canary(engine)]
+    except Exception as error:  # noqa: BLE001
+        reason = f"the model loaded from it does not run ({_first_line(error)})"
+    except BaseException:
+        discard(engine)
+        raise
+    else:
+        if ids == recorded:
+            return (engine,), ""
+        reason = f"the model loaded from it answers {ids} where {recorded} was recorded"
+    discard(engine)
+    return None, reason
+
+
+def _compile_fresh(
+    directory: Path, compile_: Callable[[], T], canary: Callable[[T], list[int]], discard: Callable[[T], None]
+) -> T:
+    engine = compile_()
+    try:
+        store_canary(directory, canary(engine))
+    except BaseException:
+        discard(engine)
+        raise
+    return engine
+
+
+def _has_files(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
