@@ -1,0 +1,60 @@
+"""The kinds of prompt that the library takes, and their way to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ov_phi3.errors import PromptError
+from ov_phi3.text.template import Message, Raw
+from ov_phi3.text.tokenizer import Tokenizer, as_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Prompt", "as_messages", "encode_prompt"]
+
+Prompt: TypeAlias = "str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]"
+"""One user message, `Raw` text, the messages of a chat, or token ids of shape [tokens]."""
+
+
+def as_messages(prompt: Prompt) -> Sequence[Message] | None:
+    """Return the messages of a prompt; None if the prompt is `Raw` text or token ids."""
+    if isinstance(prompt, str):
+        return None if isinstance(prompt, Raw) else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+        return prompt  # type: ignore[return-value]
+    return None
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+    """Encode a prompt for the engine: token ids, int64, shape [tokens].
+
+    Messages go through the chat template, exactly once; `Raw` text and token ids do not.
+
+    Args:
+        prompt: any kind of prompt.
+        tokenizer: encodes messages and text.
+        vocab_size: a prompt of token ids may hold the ids from 0 to below this.
+
+    Raises:
+        PromptError, TemplateError: the prompt cannot become token ids, or it is empty.
+        TypeError: `prompt` is none of the kinds above.
+    """
+    if (messages := as_messages(prompt)) is not None:
+        ids = tokenizer.encode_messages(messages)
+    elif isinstance(prompt, Raw):
+        ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, Mapping):
+        raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
+    elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
+        ids = as_ids(prompt, vocab_size)
+    else:
+        raise TypeError(
+            "a prompt is a string, a list of {'role', 'content'} dicts, Raw text, or token ids, "
+            f"not {type(prompt).__name__}"
+        )
+    if not ids.size:
+        raise PromptError("the prompt is empty; give a text, messages or token ids.")
+    return ids
