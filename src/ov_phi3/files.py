@@ -1,0 +1,48 @@
+"""Paths and files: `~` in a path, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+__all__ = ["expanded", "write_atomically"]
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` replaced. A path of an unknown user stays as it is; opening it then fails as "does not exist".
+
+    Raises:
+        TypeError: `path` is not a path.
+    """
+    plain = Path(path)
+    try:
+        return plain.expanduser()
+    except RuntimeError:
+        return plain
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file for writing that takes the name `path` only when the `with` block ends without an exception.
+
+    The data goes to a hidden file beside `path`, is flushed to the disk, and is then renamed. An existing file stays
+    unchanged until then. After an exception the hidden file is removed.
+
+    Raises:
+        OSError: the file cannot be written or renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

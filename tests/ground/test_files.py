@@ -1,0 +1,65 @@
+"""`~` in paths, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ov_phi3 import files
+from ov_phi3.files import expanded, write_atomically
+
+
+def test_a_tilde_becomes_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert expanded("~/model") == tmp_path / "model"
+
+
+def test_a_tilde_of_an_unknown_user_stays() -> None:
+    assert expanded("~no-such-user-here/model") == Path("~no-such-user-here/model")
+
+
+def test_an_argument_that_is_no_path_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        expanded(3)
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "data.bin"
+    with write_atomically(target) as file:
+        file.write(b"new")
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_a_failure_the_old_file_is_unchanged_and_nothing_else_is_left(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "data.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(error), write_atomically(target) as file:
+        file.write(b"half of the n")
+        raise error
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    (target / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"), write_atomically(target) as file:
+        file.write(b"data")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_data_is_on_the_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "data.bin"
+    synced: list[bool] = []
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(target.exists()))
+    with write_atomically(target) as file:
+        file.write(b"data")
+    assert synced == [False]
+    assert target.exists()
