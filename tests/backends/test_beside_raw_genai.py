@@ -128,7 +128,7 @@ def fail_while_reading():
 
 tell(lambda: ask(on_prefill=fail_inside))
 tell(fail_while_reading)
-with mock.patch("ov_phi3.text.decoding.StreamDecoder.add", lambda *_: 1 / 0):
+with mock.patch("ov_phi3.text.stream_decoder.StreamDecoder.add", lambda *_: 1 / 0):
     tell(ask)
 """,
     ours_says=[

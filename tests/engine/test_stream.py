@@ -248,7 +248,7 @@ class TestErrors:
     def test_inside_the_callback(self, make: MakePipe, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe, _ = make(ids(tokenizer, "a b"))
         with monkeypatch.context() as patch:
-            patch.setattr("ov_phi3.text.decoding.StreamDecoder.add", lambda *_: 1 / 0)
+            patch.setattr("ov_phi3.text.stream_decoder.StreamDecoder.add", lambda *_: 1 / 0)
             with pytest.raises(GenerationError, match="division"):
                 list(pipe.stream("x", max_new_tokens=50))
         assert pipe.generate("x", max_new_tokens=50).text == "a b"

@@ -85,7 +85,7 @@ def test_an_exception_in_our_own_callback_does_not_abort(demo_int4: Path, device
     """One that reached the engine would end the process by SIGABRT."""
     code = (
         "import ov_phi3\n"
-        "from ov_phi3.text.decoding import StreamDecoder\n"
+        "from ov_phi3.text.stream_decoder import StreamDecoder\n"
         f"pipe = ov_phi3.load({str(demo_int4)!r}, device={device!r})\n"
         "whole, StreamDecoder.add = StreamDecoder.add, lambda *_: 1 / 0\n"
         "try:\n"

@@ -12,7 +12,7 @@ from ov_phi3.engine.stream import Channel, never_raises, now
 from ov_phi3.errors import ConfigError, Error, GenerationError
 from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
-from ov_phi3.text.decoding import StopMatcher
+from ov_phi3.text.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
     from ov_phi3.engine.queue import Turn, Turns

@@ -12,8 +12,8 @@ import numpy as np
 
 from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model.info import ModelInfo
-from ov_phi3.text.decoding import StreamDecoder
 from ov_phi3.text.graphs import DetokenizerGraph, TokenizerGraph
+from ov_phi3.text.stream_decoder import StreamDecoder
 from ov_phi3.text.template import ChatTemplate, Message, Raw, Segment
 
 if TYPE_CHECKING:
