@@ -25,6 +25,7 @@ from ov_phi3.exporting.child import Progress, ProgressLine, bootstrap, child_env
 from ov_phi3.exporting.flags import FLAGS, RECIPES, TASK, Flag, Flags, Recipe, arguments, combine, group_size_channels
 from ov_phi3.exporting.source import Source, check_space, find_source, hub_revision
 from ov_phi3.exporting.workspace import Workspace, check_output
+from ov_phi3.files import write_atomically
 from ov_phi3.model.config import Phi3Config
 from ov_phi3.model.files import UNFINISHED, check_files, listing
 from ov_phi3.model.info import MANIFEST, ModelInfo
@@ -237,8 +238,8 @@ class _Job:
             "sha256": {name: _sha256(work.model / name) for name, size in files.items() if size <= _SMALL},
         }
         try:
-            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-            (work.model / MANIFEST).write_text(text, encoding="utf-8")
+            with write_atomically(work.model / MANIFEST) as file:
+                file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise ExportError(f"{MANIFEST} cannot be written: {error.strerror or error}.") from error
 

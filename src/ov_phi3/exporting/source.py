@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ov_phi3.errors import ExportError, ModelError
+from ov_phi3.files import expanded
 from ov_phi3.model.config import Phi3Config, read_json
-from ov_phi3.model.files import expanded, has_weights, listing
+from ov_phi3.model.files import has_weights, listing
 
 __all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source", "total_memory"]
 

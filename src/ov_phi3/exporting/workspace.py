@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import IO
 
 from ov_phi3.errors import ExportError
-from ov_phi3.model.files import UNFINISHED, expanded
+from ov_phi3.files import expanded
+from ov_phi3.model.files import UNFINISHED
 
 __all__ = ["Workspace", "check_output"]
 

@@ -29,8 +29,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.errors import SnapshotError
+from ov_phi3.files import expanded
 from ov_phi3.kv.cache import DTYPES, KVTensors, KVValue, names
-from ov_phi3.model.files import expanded
 from ov_phi3.system import versions
 
 if TYPE_CHECKING:

@@ -62,15 +62,6 @@ def has_weights(names: Mapping[str, int]) -> bool:
     return any(name.endswith(_WEIGHTS) or re.fullmatch(r"pytorch_model.*\.bin", name) for name in names)
 
 
-def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` replaced; one that names an unknown user stays as it is, and is then said not to exist."""
-    plain = Path(path)
-    try:
-        return plain.expanduser()
-    except RuntimeError:
-        return plain
-
-
 def check_directory(directory: Path) -> dict[str, int]:
     """The files of a directory that exists and is not empty, with their sizes in bytes.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ov_phi3.errors import ModelError
+from ov_phi3.files import expanded
 from ov_phi3.model.config import JsonFile, Phi3Config, read_json
-from ov_phi3.model.files import Ir, check_directory, check_files, expanded, fingerprint
+from ov_phi3.model.files import Ir, check_directory, check_files, fingerprint
 from ov_phi3.model.tokens import AddedToken, TokenizerFiles, end_token_ids, family_of
 
 __all__ = ["MANIFEST", "AddedToken", "ModelInfo"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ov_phi3.errors import ConfigError
+from ov_phi3.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,12 +89,10 @@ def store_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> None:
     """
     target = Path(directory) / CANARY_FILE
     text = json.dumps({"format": _FORMAT, "token_ids": [int(token) for token in ids]})
-    temporary = target.with_name(f"{CANARY_FILE}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(target)
+        with write_atomically(target) as file:
+            file.write(f"{text}\n".encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"the compile cache {str(directory)!r} cannot be written ({error.strerror or error})"
         ) from error
