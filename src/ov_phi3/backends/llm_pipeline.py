@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.backends.batching import Batch
+from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
 from ov_phi3.backends.protocol import EngineReport, Hypothesis, PrefixCache
 from ov_phi3.errors import ConfigError
 from ov_phi3.system.core import keeping_signal_stack, never_freed_in_children
-from ov_phi3.text.graphs import for_engine
 
 if TYPE_CHECKING:
     from ov_phi3.backends.protocol import Emit, Request
@@ -79,7 +79,8 @@ class LLMPipelineBackend:
         self._marks = False
         never_freed_in_children(self)
         with keeping_signal_stack():
-            self._tokenizer = openvino_genai.Tokenizer(*for_engine(model_dir, whole="draft_model" in properties))
+            arguments = genai_tokenizer_arguments(model_dir, can_encode="draft_model" in properties)
+            self._tokenizer = openvino_genai.Tokenizer(*arguments)
             if batches:
                 self._batch = Batch(self._open_batching(), openvino_genai)
             else:

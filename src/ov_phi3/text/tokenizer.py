@@ -12,9 +12,10 @@ import numpy as np
 
 from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model.info import ModelInfo
-from ov_phi3.text.graphs import DetokenizerGraph, TokenizerGraph
+from ov_phi3.text.detokenizer_graph import DetokenizerGraph
 from ov_phi3.text.stream_decoder import StreamDecoder
 from ov_phi3.text.template import ChatTemplate, Message, Raw, Segment
+from ov_phi3.text.tokenizer_graph import TokenizerGraph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
