@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import Machine, ModelInfo, Roofline, Summary
-from ov_phi3.bench.text import table
+from ov_phi3.bench.table import table
 
 if TYPE_CHECKING:
     from _peers import Peer

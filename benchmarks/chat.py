@@ -23,8 +23,8 @@ if __name__ == "__main__":
 
 import ov_phi3
 from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
-from ov_phi3.bench.measurement import chat_message
-from ov_phi3.system.machine import resident_memory_bytes
+from ov_phi3.bench.prompts import chat_message
+from ov_phi3.system.memory import resident_memory_bytes
 
 
 def long_chat(options: argparse.Namespace) -> dict[str, Any]:

@@ -37,7 +37,7 @@ import psutil
 
 import ov_phi3
 from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
-from ov_phi3.bench.measurement import chat_message
+from ov_phi3.bench.prompts import chat_message
 
 FIRST = 100
 MOST_GROWTH = 1.03

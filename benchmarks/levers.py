@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 import ov_phi3
 from _common import add_model_arguments, exit_with, progress, refusal, write_json
-from ov_phi3.bench.text import table
+from ov_phi3.bench.table import table
 
 TEXT = Path(__file__).with_name("alice.txt")
 

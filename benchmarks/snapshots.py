@@ -39,8 +39,8 @@ if __name__ == "__main__":
 
 import ov_phi3
 from _common import add_model_arguments, exit_with, progress, refusal, write_json
-from ov_phi3.bench.text import table
-from ov_phi3.system.machine import peak_memory_bytes
+from ov_phi3.bench.table import table
+from ov_phi3.system.memory import peak_memory_bytes
 
 GREEDY: dict[str, Any] = {"ignore_eos": True, "do_sample": False}
 BACKENDS = ("llm_pipeline", "infer_request")

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ov_phi3.backends.protocol import Backend, EngineReport, PrefixCache, Request
-    from ov_phi3.bench.measurement import measure, random_prompt
-    from ov_phi3.bench.report import ChatTurn, Measurement, Report, Summary
+    from ov_phi3.bench.measuring import measure
+    from ov_phi3.bench.prompts import random_prompt
+    from ov_phi3.bench.report import Report
     from ov_phi3.bench.roofline import Roofline
+    from ov_phi3.bench.samples import ChatTurn, Measurement
+    from ov_phi3.bench.summary import Summary
     from ov_phi3.chat import Chat
     from ov_phi3.doctor import Check, diagnose
     from ov_phi3.engine.stream import TokenStream
@@ -70,12 +73,15 @@ _HOMES = {
     "kv.cache": ("KVUsage",),
     "loading": ("LoadReport", "ModelWarning", "load"),
     "system.machine": ("Machine",),
-    "bench.measurement": ("measure", "random_prompt"),
+    "bench.measuring": ("measure",),
+    "bench.prompts": ("random_prompt",),
     "generation.metrics": ("Metrics",),
     "model.info": ("ModelInfo",),
     "pipeline": ("Pipeline",),
     "prefix": ("Prefix",),
-    "bench.report": ("ChatTurn", "Measurement", "Report", "Summary"),
+    "bench.report": ("Report",),
+    "bench.samples": ("ChatTurn", "Measurement"),
+    "bench.summary": ("Summary",),
     "generation.results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
     "bench.roofline": ("Roofline",),
     "engine.stream": ("TokenStream",),

@@ -1,1 +1,1 @@
-"""Measuring a pipeline, and reports of what was measured."""
+"""Latency measurements of a pipeline, their statistics, and reports as text and JSON."""

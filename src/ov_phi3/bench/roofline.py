@@ -1,11 +1,11 @@
-"""How fast a reply could be at most: what a token reads from memory, over how fast this device reads memory.
+"""Upper limit of the decode speed: the bytes that a token reads from memory, divided by the memory bandwidth.
 
-Decoding one token reads every weight once and the keys and values of all tokens before it, and does so little with each
-byte that reading is what it waits for (Williams, Waterman, Patterson: "Roofline", 2009). So
+Decoding a token reads every weight once, and the keys and values of all preceding tokens. It computes so little per
+byte that memory bandwidth bounds it (Williams, Waterman, Patterson: "Roofline", 2009):
 
-    limit of TPOT = (weights read + KV cache read) / memory bandwidth
+    lower limit of TPOT (time per output token) = (weight bytes + KV cache bytes) / memory bandwidth
 
-holds for one token a step. With prompt lookup or a draft model a step yields several, and can pass it.
+The limit holds for one token per step. Prompt lookup and draft models yield several tokens per step and can beat it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _WIDTH = 4096
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """The limit that memory sets to decoding.
+    """The limit that memory bandwidth sets to decoding.
 
     Attributes:
-        bandwidth_bytes_per_s: what this device reads from memory in a second, measured (`bandwidth`).
-        weight_bytes: weights that one token reads, as the model stores them.
-        kv_bytes_per_token: KV cache of one token, as the engine stores it.
+        bandwidth_bytes_per_s: measured memory bandwidth of the device, bytes per second.
+        weight_bytes: bytes of weights that a token reads, as the model stores them.
+        kv_bytes_per_token: bytes of KV cache per token, as the engine stores it.
     """
 
     bandwidth_bytes_per_s: float
@@ -53,15 +53,15 @@ class Roofline:
 
     @classmethod
     def measure(cls, info: ModelInfo, device: str, properties: Mapping[str, Any] | None = None) -> Roofline:
-        """Of an exported model on a device; measures the bandwidth, which takes a second or two.
+        """The limit for an exported model on a device; measures the bandwidth, which takes a second or two.
 
         Args:
             info: the model.
             device: an OpenVINO device name.
-            properties: OpenVINO's, as far as they say how the KV cache is stored.
+            properties: OpenVINO properties; those that set the precision of the KV cache are used.
 
         Raises:
-            ModelError: the model's file cannot be read.
+            ModelError: the model's `.xml` file cannot be read.
         """
         layout = KVLayout.of(info, device.partition(".")[0], properties or {})
         return cls(
@@ -71,15 +71,15 @@ class Roofline:
         )
 
     def bytes_at(self, cached_tokens: float) -> float:
-        """Bytes that one token reads when so many are before it."""
+        """Bytes that a token reads when `cached_tokens` tokens precede it."""
         return self.weight_bytes + self.kv_bytes_per_token * cached_tokens
 
     def limit_ms(self, cached_tokens: float) -> float:
-        """The least time for one token when so many are before it, in milliseconds."""
+        """Shortest possible time for a token when `cached_tokens` tokens precede it, milliseconds."""
         return self.bytes_at(cached_tokens) / self.bandwidth_bytes_per_s * 1000.0
 
     def fraction(self, tpot_ms: float, cached_tokens: float) -> float:
-        """How much of the limit a measured time per token reaches: 1 is as fast as memory allows."""
+        """Fraction of the limit that a measured time per token reaches; 1 is as fast as memory bandwidth allows."""
         return self.limit_ms(cached_tokens) / tpot_ms
 
 

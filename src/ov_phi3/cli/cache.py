@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ov_phi3.bench.text import table
+from ov_phi3.bench.table import table
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ov_phi3.bench.text import table
+from ov_phi3.bench.table import table
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError
 
@@ -122,7 +122,7 @@ def add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ov_phi3.bench.measurement import measure
+    from ov_phi3.bench.measuring import measure
 
     with terminal.load(args) as pipe, terminal.status_line() as tell:
         report = measure(
