@@ -9,7 +9,8 @@ import pytest
 
 import ov_phi3
 from ov_phi3 import Machine
-from ov_phi3.system.machine import _cpu_name, _physical_cores, peak_memory_bytes, resident_memory_bytes
+from ov_phi3.system.machine import cpu_name, physical_cores
+from ov_phi3.system.memory import peak_memory_bytes, resident_memory_bytes
 
 
 class TestMachine:
