@@ -1,15 +1,15 @@
-"""The README and the pages under `docs/` say what the code does: their examples run, their tables and lists are whole.
+"""Checks of the README and of the pages under `docs/`: their examples run, and their tables and lists are complete.
 
 How an example runs here:
 
-- All ```python blocks of a page run in order, in one namespace, in an empty directory. `model/phi3-instruct/int4` is
-  a link to the demo model there.
+- All ```python blocks of a page run in order, in one namespace, in an empty directory. There,
+  `model/phi3-instruct/int4` is a link to the demo model.
 - `"GPU.0"` is replaced by the device that the tests run on (OV_PHI3_TEST_DEVICE, default CPU).
-- `ov_phi3.export` checks the recipe and the flags with the real code and then links to the demo model instead of
-  spending minutes; the real export has its tests in `test_export.py`.
-- A ```text block that directly follows a ```python block is what that block prints. White space counts once, `...`
-  stands for anything, and a number before ms, s or tokens/s for any number.
-- `<!-- not run: reason -->` directly before a block leaves it out; NOT_RUN lists them all.
+- `ov_phi3.export` checks the recipe and the flags with the real code and then links to the demo model, because an
+  export takes minutes. The tests of the real export are in `tests/exporting/`.
+- A ```text block directly after a ```python block is the output of that block. White space is normalised, `...`
+  matches anything, and a number before ms, s or tokens/s matches any number.
+- `<!-- not run: reason -->` directly before a block excludes it. NOT_RUN lists all excluded blocks.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from ov_phi3.generation import config as generation_config
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 MODEL = "model/phi3-instruct/int4"
 NOT_RUN = {
     "docs/cookbook.md": ["the cookbook's program needs torch, transformers and optimum-intel at run time"],
@@ -46,7 +47,7 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it begins, its language, its text, and why it is not run, if so."""
+    """A fenced block: its page and line, its language, its text, the reason why it is not run, its output."""
 
     page: Path
     line: int
@@ -56,7 +57,7 @@ class Block:
     output: str | None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.page.relative_to(ROOT).as_posix()}:{self.line}"
 
 
@@ -67,12 +68,12 @@ _NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page, a ```text block that directly follows a ```python one taken as its output."""
+    """The fenced blocks of a page; a ```text block directly after a ```python block is the output of that block."""
     source = page.read_text(encoding="utf-8")
-    found = list(_FENCE.finditer(source))
+    fences = list(_FENCE.finditer(source))
     out = []
-    for at, match in enumerate(found):
-        follower = found[at + 1] if at + 1 < len(found) else None
+    for at, match in enumerate(fences):
+        follower = fences[at + 1] if at + 1 < len(fences) else None
         is_output = (
             follower is not None
             and follower["language"] == "text"
@@ -111,17 +112,17 @@ WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 @pytest.fixture
 def checkout(tmp_path: Path, demo_int4: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the demo model where the pages have their model."""
-    place = tmp_path / MODEL
-    place.parent.mkdir(parents=True)
-    place.symlink_to(demo_int4, target_is_directory=True)
+    """An empty working directory with the demo model at the path that the pages use."""
+    model_dir = tmp_path / MODEL
+    model_dir.parent.mkdir(parents=True)
+    model_dir.symlink_to(demo_int4, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     real_export = ov_phi3.export
 
     def export(source: Any, output: Any, recipe: str = "int4", **options: Any) -> ov_phi3.ModelInfo:
-        """Everything that `export` checks before it starts work, and then the demo model."""
-        own = inspect.signature(real_export).parameters
-        combine(recipe, {name: value for name, value in options.items() if name not in own})
+        """Do the checks of `export`, then link to the demo model."""
+        parameters = inspect.signature(real_export).parameters
+        combine(recipe, {name: value for name, value in options.items() if name not in parameters})
         if Path(output).exists():
             return real_export(source, output, recipe, **options)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def checkout(tmp_path: Path, demo_int4: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def run_block(block: Block, namespace: dict[str, Any], device: str) -> str:
-    """Run a block; returns what it printed."""
+    """Run a block and return its output."""
     source = block.text.replace('"GPU.0"', repr(device))
     code = compile("\n" * (block.line - 1) + source, str(block.page), "exec", dont_inherit=True)
     printed = io.StringIO()
@@ -145,14 +146,15 @@ def run_block(block: Block, namespace: dict[str, Any], device: str) -> str:
 _TIMES = re.compile(r"\b\d+(?:\.\d+)?(?= (?:ms|s|tokens/s)\b)")
 
 
-def as_compared(text: str) -> str:
+def normalised(text: str) -> str:
+    """The text with single spaces, and with `#` for each time."""
     return " ".join(_TIMES.sub("#", text).split())
 
 
 def is_output(expected: str, printed: str) -> bool:
-    """Whether a block printed what the page shows."""
-    parts = (re.escape(part) for part in as_compared(expected).split("..."))
-    return re.fullmatch(".*?".join(parts), as_compared(printed)) is not None
+    """Whether the printed text matches the output that the page shows."""
+    parts = (re.escape(part) for part in normalised(expected).split("..."))
+    return re.fullmatch(".*?".join(parts), normalised(printed)) is not None
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
@@ -165,24 +167,26 @@ def test_every_python_example_runs_and_prints_what_the_page_shows(page: Path, de
                 continue
             printed = run_block(block, namespace, device)
             if block.output is not None:
-                assert is_output(block.output, printed), f"{block.place} shows\n{block.output}\nbut prints\n{printed}"
+                assert is_output(block.output, printed), (
+                    f"{block.location} shows\n{block.output}\nbut prints\n{printed}"
+                )
     finally:
         for value in namespace.values():
             if isinstance(value, ov_phi3.Pipeline):
                 value.close()
 
 
-def test_examples_that_are_not_run_are_few_and_listed_here() -> None:
-    left_out = {
+def test_excluded_examples_are_few_and_listed_here() -> None:
+    excluded = {
         name_of(page): reasons
         for page in PAGES
         if (reasons := [block.not_run for block in python_blocks(page) if block.not_run])
     }
-    assert left_out == NOT_RUN
-    assert sum(map(len, left_out.values())) <= 3
+    assert excluded == NOT_RUN
+    assert sum(map(len, excluded.values())) <= 3
 
 
-def test_an_example_that_fails_or_prints_something_else_is_noticed(tmp_path: Path) -> None:
+def test_an_example_that_fails_or_prints_something_else_is_detected(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint('a', 12.5, 'ms')\n```\n\n```text\na 3 ms\n```\n\n```python\n1 / 0\n```\n")
     first, second = (block for block in blocks(page) if block.language == "python")
@@ -199,31 +203,37 @@ def test_an_example_that_fails_or_prints_something_else_is_noticed(tmp_path: Pat
 # -- command lines ----------------------------------------------------------------------------------------------------
 
 
+SHELLS = ("bash", "powershell")
+
+
 def command_lines(block: Block) -> Iterator[list[str]]:
-    """The arguments of each `ov-phi3` (or `python -m ov_phi3`) in a block of shell."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        for part in re.split(r" [|] ", "\0".join(words).replace("\0|\0", " | ")):
-            arguments = part.split("\0")
-            for cut in ("<", ">"):
-                arguments = arguments[: arguments.index(cut)] if cut in arguments else arguments
-            if arguments[:1] == ["ov-phi3"]:
-                yield arguments[1:]
-            elif arguments[:3] == ["python", "-m", "ov_phi3"]:
-                yield arguments[3:]
+    """The arguments of each `ov-phi3` (or `python -m ov_phi3`) in a block of shell commands."""
+    for line in re.sub(r"[\\`]\n", " ", block.text).splitlines():
+        command: list[str] = []
+        for word in [*shlex.split(line, comments=True), "|"]:
+            if word != "|":
+                command.append(word)
+                continue
+            redirections = [at for at, argument in enumerate(command) if argument in ("<", ">")]
+            command = command[: min(redirections, default=None)]
+            if command[:1] == ["ov-phi3"]:
+                yield command[1:]
+            elif command[:3] == ["python", "-m", "ov_phi3"]:
+                yield command[3:]
+            command = []
 
 
 COMMANDS = [
-    pytest.param(arguments, id=f"{block.place}-{at}")
+    pytest.param(arguments, id=f"{block.location}-{at}")
     for page in PAGES
     for block in blocks(page)
-    if block.language in ("console", "bash", "sh", "powershell")
+    if block.language in SHELLS
     for at, arguments in enumerate(command_lines(block))
 ]
 
 
 def check_command(arguments: list[str]) -> None:
-    """What the command line itself checks before it loads anything."""
+    """Run the checks that the command line does before it loads a model."""
     args, extra = build_parser().parse_known_args(arguments)
     assert args.command == "export" or not extra, extra
     if args.command == "export":
@@ -241,11 +251,32 @@ def test_every_command_line_is_accepted_by_the_real_parser(arguments: list[str])
 
 
 def test_there_are_command_lines_of_every_command() -> None:
+    assert len(COMMANDS) >= 40
     shown = {arguments[0] for param in COMMANDS if (arguments := param.values[0])}
     assert shown >= {"export", "generate", "chat", "bench", "devices", "doctor"}
 
 
-def test_a_wrong_command_line_is_noticed() -> None:
+def test_command_lines_are_extracted_whole(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```bash\ncat a.txt | ov-phi3 generate m - \\\n    --seed 1 > b.txt  # a comment\n"
+        "python -m ov_phi3 devices\n```\n\n```powershell\nov-phi3 generate m `\n    'a b'\n```\n"
+    )
+    assert [line for block in blocks(page) for line in command_lines(block)] == [
+        ["generate", "m", "-", "--seed", "1"],
+        ["devices"],
+        ["generate", "m", "a b"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_can_be_copied_as_they_are(page: Path) -> None:
+    """No prompt sign before a command, and no block type whose commands are not checked."""
+    assert [block.location for block in blocks(page) if block.language in ("console", "sh", "shell")] == []
+    assert [b.location for b in blocks(page) if b.language in SHELLS and re.search(r"^(\$|>) ", b.text, re.M)] == []
+
+
+def test_a_wrong_command_line_is_detected() -> None:
     with pytest.raises(ov_phi3.ConfigError, match="group_siz"):
         check_command(["export", "a", "b", "--group-siz", "64"])
     with pytest.raises(SystemExit):
@@ -271,7 +302,7 @@ def test_cli_page_names_every_command_and_every_flag() -> None:
 
 
 def script(name: str) -> types.ModuleType:
-    """A script that lies beside the pages."""
+    """A script in the folder of the pages, as a module."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -316,7 +347,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}" not in navigation] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_links_to_files_resolve(page: Path) -> None:
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
@@ -324,7 +355,14 @@ def test_links_to_files_resolve(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"\b((?:src/ov_phi3|tests|scripts|benchmarks|docs|peers)/[\w./-]*\w/?)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_pages_are_plain_text_of_reasonable_width(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     long = [line[:60] for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
@@ -333,7 +371,68 @@ def test_pages_are_plain_text_of_reasonable_width(page: Path) -> None:
     assert str(sys.prefix) not in text
 
 
-def test_the_picture_of_the_cache_is_what_the_books_say() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_page(page: Path) -> None:
+    lines = [(block.location, line) for block in blocks(page) for line in block.text.splitlines()]
+    assert [(location, line) for location, line in lines if len(line) > 88] == []
+
+
+# -- glossary ---------------------------------------------------------------------------------------------------------
+
+
+# Terms that a reader may not know: a page that uses one links to its entry in the glossary.
+TERMS = {
+    r"TTFT": "ttft",
+    r"TPOT": "tpot",
+    r"ITL": "itl",
+    r"[Pp]refill(?:s|ed|ing)?": "prefill",
+    r"KV caches?": "kv-cache",
+    r"LongRoPE": "longrope",
+    r"[Pp]aged attention": "paged-attention",
+    r"canary": "canary",
+    r"compile cache": "compile-cache",
+    r"prefix cache": "prefix-cache",
+    r"slots?": "slot",
+    r"[Gg]reedy": "greedy",
+    r"logits": "logits",
+    r"int4": "int4",
+    r"[Pp]erplexity": "perplexity",
+    r"cookbook(?:'s)?": "cookbook",
+    r"continuous batching": "continuous-batching",
+    r"[Cc]hat templates?": "chat-template",
+    r"[Pp]rompt lookup": "prompt-lookup",
+    r"draft models?": "draft-model",
+}
+
+
+def prose(page: Path) -> str:
+    """The text of a page without code, link targets and headings."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`\n]+`|\]\([^)]+\)|<!--.*?-->", " ", text, flags=re.DOTALL)
+    return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in ("glossary", "api")], ids=name_of)
+def test_terms_are_linked_to_the_glossary(page: Path) -> None:
+    text = prose(page)
+    links = re.findall(r"glossary\.md#([\w-]+)", page.read_text(encoding="utf-8"))
+    missing = {entry for term, entry in TERMS.items() if re.search(rf"\b{term}\b", text)} - set(links)
+    assert missing == set()
+
+
+def test_the_glossary_is_alphabetical_and_has_every_linked_entry() -> None:
+    text = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert titles == sorted(titles, key=str.lower)
+    entries = {re.sub(r"[^\w-]+", "-", title.lower()) for title in titles}
+    links = {link for page in ALL_PAGES for link in re.findall(r"glossary\.md#([\w-]+)", page.read_text("utf-8"))}
+    assert links | set(TERMS.values()) <= entries
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_cache_is_what_the_prefix_index_says() -> None:
     module = script("gen_kv_cache")
     assert module.PICTURE.read_text(encoding="utf-8") == module.drawn(module.steps()), "run docs/gen_kv_cache.py"
 
