@@ -19,7 +19,8 @@ from ov_phi3.model.info import ModelInfo
 from ov_phi3.system import versions
 from ov_phi3.system.devices import SEE_DOCTOR, DeviceInfo, hint, resolve
 from ov_phi3.system.devices import devices as list_devices
-from ov_phi3.system.machine import Obstacle, Probe, gpu_obstacles
+from ov_phi3.system.gpu_stack import Obstacle, Probe, gpu_obstacles
+from ov_phi3.system.memory import machine_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,7 +226,7 @@ def _gpu_stack(probe: Probe, device: str, found: Sequence[DeviceInfo]) -> Iterat
 
 
 def _layer(name: str, obstacle: Obstacle | None, missing: Status, good: str = "") -> Check:
-    return Check(name, missing, obstacle.what, obstacle.fix) if obstacle else Check(name, "ok", good)
+    return Check(name, missing, obstacle.problem, obstacle.fix) if obstacle else Check(name, "ok", good)
 
 
 def _nodes(probe: Probe) -> str:
@@ -251,7 +252,7 @@ def _device(sources: Sources, device: str, found: list[DeviceInfo], chosen: list
 
 
 def _memory(probe: Probe, model_dir: Path | None, chosen: Sequence[DeviceInfo]) -> Check:
-    memory = probe.memory()
+    memory = machine_memory(probe.root, probe.platform)
     if memory is None:
         return Check("memory", "skipped", "this system does not tell how much memory it has")
     detail = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"

@@ -1,4 +1,4 @@
-"""Paths and files: `~` in a path, and files that are written whole or not at all."""
+"""Paths and files: `~` in a path, optional text files, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["expanded", "write_atomically"]
+__all__ = ["expanded", "text_or_empty", "write_atomically"]
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -46,3 +46,11 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def text_or_empty(path: Path) -> str:
+    """The UTF-8 text of a file, with invalid bytes replaced; '' if the file cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

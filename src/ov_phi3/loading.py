@@ -26,6 +26,7 @@ from ov_phi3.opening import ASSISTED, chunk_for, open_engine
 from ov_phi3.pipeline import Pipeline
 from ov_phi3.system import devices, versions
 from ov_phi3.system.core import few_kernels, give_memory_back
+from ov_phi3.system.properties import merge_config
 from ov_phi3.text.template import ChatTemplate, Message
 from ov_phi3.text.tokenizer import Tokenizer
 
@@ -124,7 +125,7 @@ def load(
     _check_window(context_length, info)
     _check_chunk(prefill_chunk)
     chosen = _device(device)
-    properties = {**_exact(info, chosen, ov_config or {}), **devices.merge_config(chosen, ov_config)}
+    properties = {**_exact(info, chosen, ov_config or {}), **merge_config(chosen, ov_config)}
     if backend == "infer_request":
         properties = infer_request_properties(chosen, properties)
     pool = plan(

@@ -12,14 +12,14 @@ from ov_phi3.backends.infer_request import InferRequestBackend
 from ov_phi3.backends.llm_pipeline import LLMPipelineBackend
 from ov_phi3.backends.protocol import Backend, Request
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK
-from ov_phi3.engine.worker import first_sentence
-from ov_phi3.errors import ConfigError, Error, ModelError
+from ov_phi3.errors import Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.kv.cache import BlockLedger, Books
 from ov_phi3.kv.sizing import KVPool
-from ov_phi3.system import devices, versions
+from ov_phi3.system import versions
 from ov_phi3.system.compile_cache import cache_key, load_guarded, prepare
-from ov_phi3.system.core import FEW_KERNELS, shared_core
+from ov_phi3.system.core import FEW_KERNELS
+from ov_phi3.system.failures import essential_message, to_load_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -101,11 +101,11 @@ def _open_llm_pipeline(
             with contextlib.suppress(Exception):
                 opened = _open_with(info, device, given, given, pool, opening)
                 doubt = (
-                    f"{device.name} did not take paged attention ({first_sentence(exc)}): there is no prefix cache, "
+                    f"{device.name} did not take paged attention ({essential_message(exc)}): there is no prefix cache, "
                     "and every turn of a chat is computed whole."
                 )
                 return replace(opened, doubts=(doubt,))
-        raise _explained(exc, info, device) from exc
+        raise to_load_error(exc, info.path / "openvino_model.xml", device) from exc
 
 
 def _open_with(
@@ -154,7 +154,7 @@ def _open_own_loop(
     except Error:
         raise
     except Exception as exc:
-        raise _explained(exc, info, device) from exc
+        raise to_load_error(exc, info.path / "openvino_model.xml", device) from exc
     return Opened(engine, state, folder, engine.slots, properties)
 
 
@@ -183,19 +183,6 @@ def _compiled(
 
     engine, state = load_guarded(folder, lambda: compile_with(str(folder)), canary, lambda e: e.close())
     return engine, state, folder, probe, seen
-
-
-def _explained(exc: Exception, info: ModelInfo, device: DeviceInfo) -> Error:
-    """Whether an engine that did not load tells of the properties, the model's files or the device."""
-    found = devices.explain_device_failure(exc, device)
-    if not isinstance(found, ConfigError):
-        path = info.path / "openvino_model.xml"
-        try:
-            shared_core().read_model(path)
-        except Exception as broken:  # noqa: BLE001 - whatever the reader makes of a damaged file
-            said = " ".join(str(broken).split())[-200:]
-            return ModelError(f"{path} is damaged, or not of this OpenVINO: {said} Export the model again.")
-    return found
 
 
 def _canary(engine: Backend, ids: Any, info: ModelInfo) -> list[int]:

@@ -21,14 +21,15 @@ from ov_phi3.engine.limits import Limits, seconds
 from ov_phi3.engine.queue import Turn, Turns
 from ov_phi3.engine.runner import Cancelled, Generator
 from ov_phi3.engine.stream import Channel, TokenStream, new_worker, now
-from ov_phi3.engine.worker import OnEnd, OnPrefill, Reply, first_sentence
-from ov_phi3.errors import ClosedError, ConfigError, Error, GenerationError, PromptError, forked
+from ov_phi3.engine.worker import OnEnd, OnPrefill, Reply
+from ov_phi3.errors import ClosedError, ConfigError, Error, PromptError, forked
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.results import GenerationResult, Score
 from ov_phi3.kv.cache import KVLayout
 from ov_phi3.kv.sizing import KVPool
 from ov_phi3.kv.snapshot import identity_of
 from ov_phi3.prefix import Prefix, as_messages, loaded_prefix, prefilled, prompt_ids, restored, score
+from ov_phi3.system.failures import to_generation_error
 from ov_phi3.text.template import Message, Raw
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 
@@ -390,7 +391,7 @@ class Pipeline:
         except (Error, TypeError):
             raise
         except RuntimeError as exc:
-            raise GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.") from exc
+            raise to_generation_error(exc) from exc
 
     @functools.cached_property
     def _identity(self) -> dict[str, str]:

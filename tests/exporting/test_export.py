@@ -27,6 +27,7 @@ from ov_phi3.exporting.flags import FLAGS, RECIPES, REFUSED, arguments, combine
 from ov_phi3.model.config import Phi3Config
 from ov_phi3.model.files import UNFINISHED
 from ov_phi3.model.info import MANIFEST, ModelInfo
+from ov_phi3.system.memory import Memory
 
 module = importlib.import_module("ov_phi3.exporting.exporter")
 export = module.export
@@ -685,9 +686,10 @@ GIB = 2**30
 
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, disk: float, total: float, free: float) -> str | None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=int(disk * GIB)))
-    monkeypatch.setattr(source, "total_memory", lambda: (int(total * GIB), int(free * GIB)))
-    found = source.Source("x", local=True, weight_bytes=8 * GIB, parameters=4 * GIB)
-    return source.check_space(found, {"weight_format": "int4"}, tmp_path)
+    memory = Memory(int(total * GIB), int(free * GIB), int(total * GIB), int(free * GIB))
+    monkeypatch.setattr(source, "machine_memory", lambda: memory)
+    model = source.Source("x", local=True, weight_bytes=8 * GIB, parameters=4 * GIB)
+    return source.check_space(model, {"weight_format": "int4"}, tmp_path)
 
 
 def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,7 +703,9 @@ def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         room(tmp_path, monkeypatch, disk=20, total=8, free=8)
 
 
-def test_memory_of_this_machine() -> None:
-    total, free = source.total_memory()
-    assert (total is None) == (free is None)
-    assert total is None or free is None or total >= free > 0
+def test_room_without_known_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = source.Source("x", local=True, weight_bytes=8 * GIB, parameters=4 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=20 * GIB))
+    for memory in (None, Memory(GIB, GIB)):
+        monkeypatch.setattr(source, "machine_memory", lambda memory=memory: memory)
+        assert source.check_space(model, {"weight_format": "int4"}, tmp_path) is None

@@ -11,7 +11,7 @@ import pytest
 from ov_phi3.doctor import CANARY_PROMPT, CANARY_TOKENS, Check, Sources, diagnose, greedy_ids, worst
 from ov_phi3.errors import DeviceError, ModelError
 from ov_phi3.system.devices import DeviceInfo
-from ov_phi3.system.machine import Probe
+from ov_phi3.system.gpu_stack import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

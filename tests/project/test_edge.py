@@ -73,7 +73,7 @@ def test_on_a_read_only_file_system(tiny_fp32: Path, tmp_path: Path, backend: st
 KERNELS = """
 import sys
 import ov_phi3
-from ov_phi3.system.machine import resident_memory_bytes
+from ov_phi3.system.memory import resident_memory_bytes
 
 with ov_phi3.load(sys.argv[1], device="CPU", context_length=512) as pipe:
     options = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 2}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ov_phi3.backends.protocol import Backend, CallbackFailed, EngineReport, Request
 from ov_phi3.engine.runner import Cancelled, Generator
 from ov_phi3.engine.stream import Channel, never_raises, now
-from ov_phi3.errors import ConfigError, Error, GenerationError
+from ov_phi3.errors import Error
 from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
+from ov_phi3.system.failures import to_generation_error
 from ov_phi3.text.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
@@ -24,15 +24,6 @@ OnEnd = Callable[[GenerationResult | None], GenerationResult | None]
 
 OnPrefill = Callable[[int, int], object]
 """Told how many prompt tokens are prefilled, of how many; runs in the reply's own thread."""
-
-
-def first_sentence(exc: BaseException) -> str:
-    """What an engine's exception says, without the places in its sources that it passed through."""
-    # XGrammar puts the time and a place in its sources in front.
-    lines = [re.sub(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line.strip()) for line in str(exc).splitlines()]
-    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
-    text = " ".join(said or lines) or type(exc).__name__
-    return text if text.endswith(".") else text + "."
 
 
 class Reply:
@@ -106,9 +97,7 @@ class Reply:
     def _explained(self, exc: BaseException) -> Error:
         """An exception of the engine in our words."""
         structure = [n for n in ("json_schema", "regex", "grammar") if getattr(self._request.config, n) is not None]
-        if structure and not self._ids:
-            return ConfigError(f"{structure[0]} was not accepted: {first_sentence(exc)}")
-        return GenerationError(f"the engine failed: {first_sentence(exc)} The pipeline can still be used.")
+        return to_generation_error(exc, structure[0] if structure and not self._ids else None)
 
     def _end(self, result: GenerationResult | None, error: BaseException | None) -> None:
         try:

@@ -16,8 +16,9 @@ from ov_phi3.errors import ExportError, ModelError
 from ov_phi3.files import expanded
 from ov_phi3.model.config import Phi3Config, read_json
 from ov_phi3.model.files import has_weights, listing
+from ov_phi3.system.memory import machine_memory
 
-__all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source", "total_memory"]
+__all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -153,35 +154,20 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
             f"{directory} has {free / _GIB:.1f} GiB free; the export needs about {disk / _GIB:.1f} GiB while it runs "
             f"({result / _GIB:.1f} GiB for its result). Make room, or choose an output on another disk."
         )
-    memory, (total, available) = int(1.5 * source.weight_bytes), total_memory()
-    if total is not None and total < memory:
+    needed, memory = int(1.5 * source.weight_bytes), machine_memory()
+    total = None if memory is None else memory.total_with_swap
+    available = None if memory is None else memory.available_with_swap
+    if total is not None and total < needed:
         raise ExportError(
-            f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {memory / _GIB:.1f} GiB. "
+            f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {needed / _GIB:.1f} GiB. "
             "Export on a larger machine and copy the result, or use a model that is exported already."
         )
-    if available is not None and available < memory:
+    if available is not None and available < needed:
         return (
-            f"{available / _GIB:.1f} GiB of memory are free and the export needs about {memory / _GIB:.1f} GiB: it may "
+            f"{available / _GIB:.1f} GiB of memory are free and the export needs about {needed / _GIB:.1f} GiB: it may "
             "be slow, or be killed. Close other programs."
         )
     return None
-
-
-def total_memory() -> tuple[int | None, int | None]:
-    """All memory with swap, and what is free of it, in bytes; None where the system does not say (only Linux does)."""
-    try:
-        fields = dict(
-            re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-        )
-        total = (int(fields["MemTotal"]) + int(fields["SwapTotal"])) * 1024
-        free = (int(fields["MemAvailable"]) + int(fields["SwapFree"])) * 1024
-    except (OSError, KeyError, ValueError):
-        return None, None
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no control group, or "max"
-        return total, free
-    return min(total, limit), min(free, limit)
 
 
 def hub_revision(snapshot: Path) -> str | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ov_phi3.errors import ConfigError
 from ov_phi3.files import write_atomically
+from ov_phi3.system.failures import essential_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -179,11 +180,11 @@ def _try_cached(
     try:
         engine = compile_()
     except Exception as error:  # noqa: BLE001 - whatever a plugin throws at a bad blob; compiled again without it
-        return None, f"loading from it failed ({_first_line(error)})"
+        return None, f"loading from it failed ({essential_message(error)})"
     try:
         ids = [int(token) for token in canary(engine)]
     except Exception as error:  # noqa: BLE001
-        reason = f"the model loaded from it does not run ({_first_line(error)})"
+        reason = f"the model loaded from it does not run ({essential_message(error)})"
     except BaseException:
         discard(engine)
         raise
@@ -209,8 +210,3 @@ def _compile_fresh(
 
 def _has_files(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -13,21 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError, DeviceError, did_you_mean
 from ov_phi3.system.core import shared_core
-from ov_phi3.system.machine import Probe, gpu_obstacles
-from ov_phi3.system.properties import latency_properties, merge_config
+from ov_phi3.system.gpu_stack import explain_missing_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "DeviceInfo",
-    "devices",
-    "explain_device_failure",
-    "hint",
-    "latency_properties",
-    "merge_config",
-    "resolve",
-]
+    from ov_phi3.system.gpu_stack import Probe
+
+__all__ = ["SEE_DOCTOR", "DeviceInfo", "devices", "hint", "resolve"]
 
 _KINDS = ("CPU", "GPU", "NPU")
 _EXACT = re.compile(r"(CPU|GPU|NPU)(\.\w+)*")
@@ -189,21 +182,10 @@ def _absent(name: str, choices: Iterable[str], found: Sequence[DeviceInfo], prob
     message = f"device {name!r} is not there. OpenVINO sees: {present}."
     kinds = {choice.partition(".")[0] for choice in choices}
     if "GPU" in kinds and not any(info.kind == "GPU" for info in found):
-        message += f" {_no_gpu(probe)}"
+        message += f" {explain_missing_gpu(probe)}"
     if "NPU" in kinds:
         message += " An NPU needs Intel's NPU driver and, on Linux, permission to open /dev/accel/accel0."
     return message + SEE_DOCTOR
-
-
-def _no_gpu(probe: Probe | None) -> str:
-    obstacles = gpu_obstacles(probe)
-    if not obstacles:
-        return (
-            "No GPU: what OpenVINO needs looks complete, so the driver may be too old for this GPU or this OpenVINO; "
-            "to fix: update the Intel graphics driver (on Debian and Ubuntu the package intel-opencl-icd)."
-        )
-    listed = " ".join(f"({number}) {obstacle}." for number, obstacle in enumerate(obstacles, 1))
-    return f"No GPU, because: {listed}"
 
 
 def hint(device: DeviceInfo, available: Iterable[DeviceInfo]) -> str:
@@ -214,94 +196,3 @@ def hint(device: DeviceInfo, available: Iterable[DeviceInfo]) -> str:
     if not better:
         return ""
     return f"{device} is the integrated GPU; {better[0]} is discrete and usually faster: device={better[0].name!r}"
-
-
-# Where in OpenVINO's sources it happened, which OpenVINO puts before its message, once per layer.
-_WHERE = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
-_SETTINGS = (
-    "unsupported property",
-    "property key",
-    "could not read number of streams",
-    "unsupported configuration key",
-    "attention backend must be",
-    "bad as from",
-    "isn't supported for argument",
-    "could not convert to",
-    "unable to cast",
-    "null byte",
-)
-_NO_GPU = ("libopencl", "opencl.dll", "no supported devices found", "clgetplatformids")
-_MEMORY = (
-    "exceed_allocatable_mem_size",
-    "exceeded max size of memory",
-    "cl_out_of_resources",
-    "cl_out_of_host_memory",
-    "cl_mem_object_allocation_failure",
-    "out of gpu resources",
-    "out_of_device_memory",
-    "out_of_host_memory",
-    "bad_alloc",
-    "bad allocation",
-    "not enough memory",
-    "failed to allocate",
-)
-
-
-def explain_device_failure(
-    exc: BaseException, device: DeviceInfo | str, probe: Probe | None = None
-) -> DeviceError | ConfigError:
-    """What a failure of OpenVINO while loading or running on a device means, and what to do about it.
-
-    Args:
-        exc: what OpenVINO raised; its own words are kept at the end of the message. Use it as the `__cause__`.
-        device: where the model was to run.
-        probe: where to look for the reason when the GPU plugin did not load.
-
-    Returns:
-        A `ConfigError` when a property was not accepted, otherwise a `DeviceError`; an error of those kinds is returned
-        as it is.
-
-    """
-    if isinstance(exc, (DeviceError, ConfigError)):
-        return exc
-    original = _core_message(exc)
-    lower = str(exc).lower()
-    if isinstance(exc, TypeError) or any(sign in lower for sign in _SETTINGS):
-        return ConfigError(f"{device} does not accept a property in ov_config: {original}")
-    return DeviceError(f"{device}: {_advice(exc, lower, device, probe)} OpenVINO said: {original}")
-
-
-def _advice(exc: BaseException, lower: str, device: DeviceInfo | str, probe: Probe | None) -> str:
-    if isinstance(exc, MemoryError) or any(sign in lower for sign in _MEMORY):
-        return _memory_advice(lower, device)
-    if any(sign in lower for sign in _NO_GPU):
-        return _no_gpu(probe)
-    if "compiled blob" in lower:
-        return "The compile cache belongs to another OpenVINO or driver: delete the CACHE_DIR folder and load again."
-    if "vcl" in lower or "ze_result" in lower or "level zero" in lower:
-        return "The NPU driver is missing or too old for this model: update Intel's NPU driver, or use another device."
-    if "is not registered" in lower or "cannot load library" in lower:
-        return "OpenVINO's plugin for this device does not load: pip install --force-reinstall openvino."
-    return "The device could not run the model. Run 'ov-phi3 doctor', and see whether device='CPU' runs it."
-
-
-def _memory_advice(lower: str, device: DeviceInfo | str) -> str:
-    advice = (
-        "Not enough memory. Loading takes about twice the size of the weights, plus the KV cache: use an int4 export, "
-        "a smaller context_length or kv_cache_gb, or close other programs."
-    )
-    if not str(device).upper().startswith("GPU"):
-        return advice
-    if "exceed" in lower:
-        advice += (
-            " One buffer was larger than the driver allows at once; ov_config={'GPU_ENABLE_LARGE_ALLOCATIONS': True} "
-            "lifts that limit on drivers that can."
-        )
-    if isinstance(device, DeviceInfo) and device.discrete is False:
-        advice += " An integrated GPU shares the machine's memory; its share is set in the graphics driver's settings."
-    return advice + " After CL_OUT_OF_RESOURCES a driver may hang: restart the process."
-
-
-def _core_message(exc: BaseException) -> str:
-    lines = [_WHERE.sub("", line).strip() for line in str(exc).splitlines()]
-    return " ".join(line for line in lines if line) or type(exc).__name__

@@ -15,6 +15,7 @@ import numpy as np
 
 from ov_phi3.errors import ModelError
 from ov_phi3.system.core import shared_core
+from ov_phi3.system.failures import essential_message
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def read_graph(path: Path) -> Any:
     try:
         model = _core_with_tokenizers().read_model(path)
     except (RuntimeError, UnicodeDecodeError) as exc:  # UnicodeDecodeError: OpenVINO's message quotes damaged bytes
-        raise ModelError(f"{path} could not be read: {_last_line(exc)}. Export the model again.") from exc
+        raise ModelError(f"{path} could not be read: {essential_message(exc)} Export the model again.") from exc
     if not all(_string_tables_are_valid(operation) for operation in model.get_ops()):
         raise ModelError(
             f"{path.with_suffix('.bin')} is damaged: a string table points outside its data. Export the model again."
@@ -130,9 +131,3 @@ def _string_tables_are_valid(operation: Any) -> bool:
         if begins.shape != ends.shape or not bool(((begins >= 0) & (begins <= ends) & (ends <= characters.size)).all()):
             return False
     return True
-
-
-def _last_line(exc: BaseException) -> str:
-    """The last line of an OpenVINO message, which holds the cause; the lines before it name source files."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip() and not line.startswith("Exception from")]
-    return (lines[-1] if lines else type(exc).__name__).rstrip(".")
