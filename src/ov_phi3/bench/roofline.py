@@ -10,31 +10,22 @@ The limit holds for one token per step. Prompt lookup and draft models yield sev
 
 from __future__ import annotations
 
-import statistics
-import time
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ov_phi3.errors import ModelError
 from ov_phi3.kv.cache import KVLayout
-from ov_phi3.system.core import shared_core
+from ov_phi3.system.bandwidth import bandwidth
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ov_phi3.model.info import ModelInfo
 
-__all__ = ["Roofline", "bandwidth", "weight_bytes_per_token"]
-
-_READ_BYTES = 256 * 2**20
-"""Far more than any last-level cache of a client machine holds."""
-
-_WIDTH = 4096
+__all__ = ["Roofline", "weight_bytes_per_token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +72,6 @@ class Roofline:
     def fraction(self, tpot_ms: float, cached_tokens: float) -> float:
         """Fraction of the limit that a measured time per token reaches; 1 is as fast as memory bandwidth allows."""
         return self.limit_ms(cached_tokens) / tpot_ms
-
-
-def bandwidth(device: str, *, repeat: int = 9) -> float:
-    """Memory bandwidth that a device reaches when it reads weights, in bytes per second.
-
-    A vector times a float32 matrix of 256 MiB, in float32: one pass over the matrix and two operations per value, as in
-    decoding. On a CPU it gives the same figure as summing an array with one thread per core.
-
-    Args:
-        device: an OpenVINO device name.
-        repeat: passes; the median counts, since a last-level cache that many share can make single ones faster than
-            the memory is.
-    """
-    from openvino import Model, opset13
-
-    rows = _READ_BYTES // 4 // _WIDTH
-    vector = opset13.parameter([1, _WIDTH], np.float32)
-    matrix = opset13.constant(np.ones((rows, _WIDTH), np.float32), shared_memory=True)
-    model = Model([opset13.matmul(vector, matrix, False, True)], [vector])
-    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = shared_core().compile_model(model, device, properties).create_infer_request()
-    request.infer([np.ones((1, _WIDTH), np.float32)])  # the first one also arranges the weights
-    times = []
-    for _ in range(repeat):
-        begun = time.perf_counter()
-        request.infer()
-        times.append(time.perf_counter() - begun)
-    return _READ_BYTES / statistics.median(times)
 
 
 def weight_bytes_per_token(xml: Path) -> int:

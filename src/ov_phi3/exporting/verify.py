@@ -26,15 +26,11 @@ def verify(directory: Path) -> list[str]:
     """
     import numpy as np
 
-    from ov_phi3.system.core import import_openvino
+    from ov_phi3.system.core import import_genai, import_openvino
 
-    import_openvino()
-    import openvino as ov
-    import openvino_genai
-
-    core = ov.Core()
+    core = import_openvino().Core()
     model = core.read_model(directory / "openvino_model.xml")
-    tokenizer = openvino_genai.Tokenizer(str(directory))
+    tokenizer = import_genai().Tokenizer(str(directory))
     ids = tokenizer.encode(_SAMPLE).input_ids.data
     if ids.size == 0 or not tokenizer.decode(ids[0].tolist()).strip():
         raise RuntimeError(f"the tokenizer turns {_SAMPLE!r} into {ids.tolist()}, and that into nothing")

@@ -1,13 +1,14 @@
-"""The one `openvino.Core` of this library, and a guard around what makes others.
+"""The import of OpenVINO, the one `openvino.Core` of this library, and protection against faults of its threads.
 
-The CPU plugin gives the thread that first uses it a signal stack of its own, and takes it back when its `Core` goes. Of
-two Cores that go in the order in which they came, the second puts back the first one's stack, which is gone by then;
-one that goes in another thread leaves its own behind. The next signal, a Ctrl-C say, then kills the process (SIGSEGV;
-seen with openvino 2026.4.1 on Linux, where `LLMPipeline` makes Cores of its own). `keeping_signal_stack` puts the
-thread's stack back at once, so that none of them is ever in use.
+Signal stacks: the CPU plugin gives the thread that first uses it a signal stack of its own, and removes it when the
+`Core` is destroyed. If two Cores are destroyed in the order of their creation, the second one restores the first one's
+stack, which is freed by then. A Core that is destroyed in another thread leaves its own stack behind. The next signal,
+such as Ctrl-C, then kills the process (SIGSEGV; seen with openvino 2026.4.1 on Linux, where `LLMPipeline` creates Cores
+of its own). `keeping_signal_stack` restores the thread's stack at once, so that no plugin's stack is ever in use.
 
-A forked process has the memory of OpenVINO's objects and none of the threads that they wait for when they are used or
-freed: it would hang, at its exit at the latest. What is given to `never_freed_in_children` stays there as it is.
+Forked processes: a child has the memory of OpenVINO's objects but none of their threads. Using or freeing such an
+object waits for these threads and hangs, at the child's exit at the latest. Objects given to `never_freed_in_children`
+are never freed there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import openvino
@@ -29,6 +30,7 @@ __all__ = [
     "FEW_KERNELS",
     "few_kernels",
     "give_memory_back",
+    "import_genai",
     "import_openvino",
     "keeping_signal_stack",
     "never_freed_in_children",
@@ -36,36 +38,50 @@ __all__ = [
 ]
 
 _lock = threading.Lock()
-
-
 _importing = threading.RLock()
 
 
-def import_openvino() -> None:
-    """Import openvino, before any other import of it or of openvino_genai, without its telemetry.
+def import_openvino() -> Any:
+    """Import openvino without its telemetry, and return the module.
 
-    Its import sends a message to Google Analytics through openvino-telemetry, unless that was opted out of, from a
-    process that it forks for that (openvino 2026.4.1). What it falls back to where that package is missing sends
-    nothing. A program that has imported openvino itself has made its own choice.
+    The import of openvino 2026.4.1 sends a message to Google Analytics through openvino-telemetry, from a process that
+    it forks, unless the user has opted out. Without the package openvino-telemetry it sends nothing, so that package is
+    hidden during the import. If the program has imported openvino before, nothing is hidden.
+
+    Raises:
+        ImportError: openvino is missing or broken.
     """
     with _importing:
         if "openvino" in sys.modules:
-            return
+            return sys.modules["openvino"]
         hidden = "openvino_telemetry" not in sys.modules
         if hidden:
             sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         try:
-            import openvino  # noqa: F401
+            import openvino
         finally:
             if hidden:
                 del sys.modules["openvino_telemetry"]
+        return openvino
+
+
+def import_genai() -> Any:
+    """Import openvino_genai without openvino's telemetry, and return the module.
+
+    Raises:
+        ImportError: openvino or openvino_genai is missing or broken.
+    """
+    import_openvino()
+    import openvino_genai
+
+    return openvino_genai
 
 
 _owners: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def never_freed_in_children(owner: object) -> None:
-    """Let an object that holds some of OpenVINO's live on in every forked process, whatever frees it there."""
+    """Keep an object, which holds objects of OpenVINO, alive in every forked process."""
     _owners.add(owner)
 
 
@@ -86,30 +102,33 @@ class _Stack(ctypes.Structure):
 
 @contextlib.contextmanager
 def keeping_signal_stack() -> Iterator[None]:
-    """Leave this thread with the signal stack that it came with."""
+    """Restore the signal stack of this thread at the end of the `with` block (Linux)."""
     if sys.platform != "linux":
         yield
         return
-    change = ctypes.CDLL(None).sigaltstack
-    before = _Stack()
-    known = change(None, ctypes.byref(before)) == 0
+    sigaltstack = ctypes.CDLL(None).sigaltstack
+    stack = _Stack()
+    has_stack = sigaltstack(None, ctypes.byref(stack)) == 0
     try:
         yield
     finally:
-        if known:
-            change(ctypes.byref(before), None)
+        if has_stack:
+            sigaltstack(ctypes.byref(stack), None)
 
 
 FEW_KERNELS = "32"
+"""Capacity of the kernel caches of the CPU plugin and of oneDNN."""
+
 _ONEDNN_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @contextlib.contextmanager
 def few_kernels() -> Iterator[None]:
-    """Have oneDNN keep few kernels, if the CPU plugin first asks for one in here and the user has not set how many.
+    """Limit oneDNN's kernel cache if the CPU plugin first uses it inside the `with` block; a user's limit stays.
 
-    Kernels are made for every number of tokens in a pass, and kept by the plugin (1,000 numbers or so) and by oneDNN,
-    which is told by the environment alone: 200 prompts of different lengths left 390 MiB on the demo model (2026.4.1).
+    The plugin compiles a kernel for every number of tokens in a pass. The plugin and oneDNN each cache about 1,000 of
+    them, and oneDNN's limit can only be set by an environment variable. 200 prompts of different lengths left 390 MiB
+    on the demo model (2026.4.1).
     """
     if _ONEDNN_KERNELS in os.environ:
         yield
@@ -122,34 +141,33 @@ def few_kernels() -> Iterator[None]:
 
 
 def give_memory_back() -> None:
-    """Have the C library give memory that was freed to the system, where it has a function for that (glibc).
+    """Return freed memory to the operating system, if the C library has a function for that (glibc).
 
-    Loading frees much: graphs, weights as they were in the file. glibc keeps that in the arena of each thread.
+    Loading frees much memory: graphs, and weights in the file's format. glibc keeps it in the arena of each thread.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
 
 def shared_core() -> openvino.Core:
-    """The Core. Imports openvino on first use.
+    """The only Core of this process, created on the first call. The first call imports openvino.
 
     Raises:
         ImportError: openvino is missing or broken.
     """
     with _lock:
-        return _made()
+        return _create_core()
 
 
 @functools.cache
-def _made() -> openvino.Core:
-    import_openvino()
+def _create_core() -> openvino.Core:
+    openvino = import_openvino()
     import numpy as np
-    import openvino
 
-    # The bindings look numpy up when they first make an array: two threads that do so at once wait for each other, one
-    # with the interpreter's lock and one with that of the look-up. Here it is one.
+    # The bindings look up numpy when they create the first array. Two threads that do so at once deadlock, one holding
+    # the interpreter's lock and one the lock of the look-up. So the first array is created here, by one thread.
     np.asarray(openvino.op.Constant(np.zeros(1, dtype=np.int32)).data)
     core = openvino.Core()
     with keeping_signal_stack(), contextlib.suppress(RuntimeError):
-        core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, here and not later
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin now
     return core
