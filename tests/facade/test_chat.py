@@ -132,7 +132,7 @@ def test_a_system_turn_that_the_layout_lacks(pipe: Pipeline, monkeypatch: pytest
     from ov_phi3 import ChatTemplate
 
     monkeypatch.setattr(pipe.tokenizer, "template", ChatTemplate.phi3_april_2024())
-    with pytest.raises(TemplateError, match="no system turn"):
+    with pytest.raises(TemplateError, match="no system message"):
         pipe.chat(system="Be brief.")
 
 

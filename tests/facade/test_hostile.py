@@ -25,7 +25,7 @@ def test_a_fault_is_found(tiny_fp32: Path, device: str) -> None:
         "import hostile, ov_phi3\n"
         "from ov_phi3.kv import snapshot\n"
         "from ov_phi3.text import tokenizer\n"
-        "tokenizer.Tokenizer._unsafe = lambda self, text, ids: False\n"
+        "tokenizer.Tokenizer._is_unsafe = lambda self, text, ids: False\n"
         "snapshot._check_sums = lambda *a, **b: None\n"
         "sys.exit(hostile.main())"
     )

@@ -1,4 +1,4 @@
-"""Each layout gives what the model's own chat template gives, and refuses what that would drop without a word."""
+"""Each template renders the same string as the model's own (Jinja), and refuses messages that the latter drops."""
 
 import jinja2
 import pytest
@@ -38,7 +38,7 @@ PHI4 = (
 )
 MEDIUM = PHI3_APRIL_2024.removeprefix("{{ bos_token }}")
 
-LAYOUTS = {
+TEMPLATES = {
     "phi3": (ChatTemplate.phi3(), PHI3),
     "phi3_april_2024": (ChatTemplate.phi3_april_2024(), PHI3_APRIL_2024),
     "phi3_medium": (ChatTemplate.phi3_april_2024(bos=""), MEDIUM),
@@ -59,17 +59,17 @@ def conversations(roles: tuple) -> st.SearchStrategy:
     return st.lists(st.fixed_dictionaries({"role": st.sampled_from(roles), "content": texts}), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", TEMPLATES)
 @given(data=st.data(), prompt=st.booleans())
-def test_layout_equals_the_models_own_template(name: str, data: st.DataObject, prompt: bool) -> None:
-    template, source = LAYOUTS[name]
+def test_the_rendered_string_equals_the_models_own(name: str, data: st.DataObject, prompt: bool) -> None:
+    template, source = TEMPLATES[name]
     messages = data.draw(conversations(tuple(r for r in template.roles if "tool" not in r)))
     assert template.render(messages, prompt) == jinja(source, messages, prompt)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_is_recognised_by_its_template(name: str) -> None:
-    template, source = LAYOUTS[name]
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_is_recognised_from_the_jinja_source(name: str) -> None:
+    template, source = TEMPLATES[name]
     assert ChatTemplate.from_jinja(source, eos="<|endoftext|>", bos="<s>") == template
 
 
@@ -96,7 +96,7 @@ def test_content_parts_are_joined() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("messages", "message"),
     [
         ([], "empty"),
         ([{"role": "usr", "content": "x"}], "Did you mean 'user'"),
@@ -106,8 +106,8 @@ def test_content_parts_are_joined() -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content part"),
     ],
 )
-def test_bad_messages_are_named(messages: list, says: str) -> None:
-    with pytest.raises(TemplateError, match=says):
+def test_invalid_messages_are_named(messages: list, message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
         ChatTemplate.phi3().render(messages)
 
 
@@ -117,6 +117,6 @@ def test_messages_of_a_wrong_type(messages: object) -> None:
         ChatTemplate.phi3().render(messages)  # type: ignore[arg-type]
 
 
-def test_system_turn_that_would_be_dropped_is_refused() -> None:
-    with pytest.raises(TemplateError, match="no system turn"):
+def test_a_system_message_that_the_model_drops_is_refused() -> None:
+    with pytest.raises(TemplateError, match="no system message"):
         ChatTemplate.phi3_april_2024().render([{"role": "system", "content": "x"}])

@@ -1,4 +1,4 @@
-"""The real Phi-3 vocabulary: published vectors, exact chat ids, and text that can never become a control token."""
+"""The real Phi-3 vocabulary: published vectors, exact chat ids, and text that never becomes a control token."""
 
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,8 @@ HARMLESS = [
     "x = {}",
 ]
 
-pieces = st.lists(
-    st.sampled_from(HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=10
-)
-harmless = pieces.map("".join).filter(lambda t: not any(h in t for h in HOSTILE if len(h) > 2) and "▁" not in t)
+parts = st.lists(st.sampled_from(HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=10)
+harmless = parts.map("".join).filter(lambda t: not any(h in t for h in HOSTILE if len(h) > 2) and "▁" not in t)
 hostile = st.lists(
     st.sampled_from(HOSTILE + HARMLESS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=12
 ).map("".join)
@@ -59,6 +57,14 @@ def hf(tiny_hf: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_hf)
 
 
+@pytest.fixture(scope="module")
+def genai(tiny_fp32: Path) -> Any:
+    """GenAI's tokenizer of the same model."""
+    import openvino_genai
+
+    return openvino_genai.Tokenizer(str(tiny_fp32))
+
+
 def test_published_vectors(phi3: Tokenizer, tokenizer_vectors: list[dict[str, Any]]) -> None:
     assert len(tokenizer_vectors) == 46
     for vector in tokenizer_vectors:
@@ -72,7 +78,7 @@ def test_published_ids_of_the_control_tokens(phi3: Tokenizer) -> None:
     assert phi3.encode(Raw("<|user|>\nHello")).tolist() == [32010, 15043]
 
 
-def test_the_cookbooks_prompt_is_the_templates(phi3: Tokenizer) -> None:
+def test_the_cookbooks_raw_prompt_has_the_ids_of_its_messages(phi3: Tokenizer) -> None:
     raw = Raw("<|system|>You are a helpful AI assistant.<|end|><|user|>can you introduce yourself?<|end|><|assistant|>")
     messages = [
         {"role": "system", "content": "You are a helpful AI assistant."},
@@ -83,7 +89,9 @@ def test_the_cookbooks_prompt_is_the_templates(phi3: Tokenizer) -> None:
 
 @SLOW_FIXTURE
 @given(first=harmless, second=harmless)
-def test_harmless_messages_are_the_rendered_string(phi3: Tokenizer, hf: Any, first: str, second: str) -> None:
+def test_ids_of_harmless_messages_are_those_of_the_rendered_string(
+    phi3: Tokenizer, hf: Any, first: str, second: str
+) -> None:
     messages = [
         {"role": "system", "content": first},
         {"role": "user", "content": second},
@@ -98,7 +106,9 @@ def test_harmless_messages_are_the_rendered_string(phi3: Tokenizer, hf: Any, fir
 
 @SLOW_FIXTURE
 @given(text=hostile)
-def test_no_text_makes_a_control_token_and_all_of_it_comes_back(phi3: Tokenizer, demo: Tokenizer, text: str) -> None:
+def test_no_text_becomes_a_control_token_and_every_text_round_trips(
+    phi3: Tokenizer, demo: Tokenizer, text: str
+) -> None:
     for tokenizer in (phi3, demo):
         ids = tokenizer.encode(text)
         assert not set(ids.tolist()) & set(tokenizer.control_tokens.values())
@@ -107,7 +117,7 @@ def test_no_text_makes_a_control_token_and_all_of_it_comes_back(phi3: Tokenizer,
 
 @SLOW_FIXTURE
 @given(text=hostile)
-def test_hostile_messages_hold_only_the_layouts_control_tokens(phi3: Tokenizer, text: str) -> None:
+def test_hostile_messages_have_only_the_templates_control_tokens(phi3: Tokenizer, text: str) -> None:
     ids = phi3.encode_messages([{"role": "user", "content": text}]).tolist()
     controls = [i for i in ids if i in phi3.control_tokens.values()]
     assert controls == [32010, 32007, 32001]
@@ -115,7 +125,7 @@ def test_hostile_messages_hold_only_the_layouts_control_tokens(phi3: Tokenizer, 
 
 @SLOW_FIXTURE
 @given(data=st.data())
-def test_streamed_ids_add_up_to_the_full_decode(phi3: Tokenizer, demo: Tokenizer, data: st.DataObject) -> None:
+def test_the_stream_decoder_adds_up_to_the_full_decode(phi3: Tokenizer, demo: Tokenizer, data: st.DataObject) -> None:
     for tokenizer in (phi3, demo):
         ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
         for skip in (True, False):
@@ -126,27 +136,27 @@ def test_streamed_ids_add_up_to_the_full_decode(phi3: Tokenizer, demo: Tokenizer
 
 @SLOW_FIXTURE
 @given(data=st.data())
-def test_decode_is_the_exported_detokenizers(phi3: Tokenizer, tiny_pipe: Any, data: st.DataObject) -> None:
-    """On ids whose bytes are valid UTF-8; on others the graph is free with the number of U+FFFD."""
+def test_decode_equals_genais(phi3: Tokenizer, genai: Any, data: st.DataObject) -> None:
+    """Only for ids whose bytes are valid UTF-8: for others, the number of U+FFFD in the graph's text differs."""
     ids = data.draw(st.lists(st.integers(0, phi3.vocab_size - 1), min_size=1, max_size=20))
-    theirs = tiny_pipe._backend._pipeline.get_tokenizer().decode(ids)
-    if "\ufffd" not in theirs:
-        assert phi3.decode(ids) == theirs
+    expected = genai.decode(ids)
+    if "\ufffd" not in expected:
+        assert phi3.decode(ids) == expected
 
 
-def test_white_space_behind_a_control_token_is_swallowed_as_published(phi3: Tokenizer, hf: Any) -> None:
+def test_white_space_behind_a_control_token_is_removed_as_published(phi3: Tokenizer, hf: Any) -> None:
     for space in ("\n", "\n\n \t", "\u00a0", "\u3000", "\x1c", "\u2028"):
         text = f"<|user|>{space}Hi<|end|>{space}"
         assert phi3.encode(Raw(text)).tolist() == hf.encode(text, add_special_tokens=False), ascii(space)
 
 
-def test_newlines_of_the_demo_layout_stay(demo: Tokenizer) -> None:
+def test_the_demo_tokenizer_keeps_the_templates_newlines(demo: Tokenizer) -> None:
     ids = demo.encode_messages([{"role": "user", "content": "Hi"}])
     assert demo.decode(ids, skip_special_tokens=False) == "<|user|>\nHi<|end|>\n<|assistant|>\n"
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
-def test_lone_surrogates_are_named(phi3: Tokenizer, text: str) -> None:
+def test_lone_surrogates_are_refused(phi3: Tokenizer, text: str) -> None:
     with pytest.raises(PromptError, match="lone surrogate"):
         phi3.encode(text)
     assert phi3.decode(phi3.encode("still works")) == "still works"
@@ -156,24 +166,24 @@ def test_lone_surrogates_are_named(phi3: Tokenizer, text: str) -> None:
     ("ids", "error"),
     [([32064], PromptError), ([-1], PromptError), ([[1, 2]], PromptError), ("12", TypeError), ([1.5], TypeError)],
 )
-def test_ids_outside_the_vocabulary(phi3: Tokenizer, ids: Any, error: type[Exception]) -> None:
+def test_invalid_ids_are_refused(phi3: Tokenizer, ids: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         phi3.decode(ids)
 
 
-def test_decode_takes_arrays_and_nothing(phi3: Tokenizer) -> None:
+def test_decode_takes_arrays_and_empty_lists(phi3: Tokenizer) -> None:
     assert phi3.decode(np.array([15043], dtype=np.int32)) == "Hello"
     assert phi3.decode([]) == ""
 
 
-def test_a_layout_that_does_not_fit_is_named(phi3: Tokenizer) -> None:
+def test_a_template_with_other_control_tokens_is_refused(phi3: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="im_start"):
         phi3.encode_segments(ChatTemplate.phi4().segments([{"role": "user", "content": "x"}]))
     with pytest.raises(TemplateError, match="no control token"):
         phi3.encode_segments([Segment("<|nope|>", True)])
 
 
-def test_missing_and_foreign_files(tmp_path: Path, tiny_fp32: Path) -> None:
+def test_missing_and_wrong_files(tmp_path: Path, tiny_fp32: Path) -> None:
     with pytest.raises(ModelError, match="openvino_tokenizer.xml is missing"):
         Tokenizer(tmp_path, ChatTemplate.phi3())
     for name in ("openvino_tokenizer", "openvino_detokenizer"):

@@ -1,11 +1,11 @@
-"""Phi-3 chat layouts: messages in, control tokens and text out.
+"""Phi-3 chat templates: messages to control tokens and text.
 
-A layout turns messages into *segments*, each of them either a control token (`<|user|>`) or text. The tokenizer
-encodes the two kinds differently, which is what keeps user text from ever becoming a control token; joined together
-they are the string that the model's own `chat_template` gives.
+A chat template turns messages into *segments*: each is a control token (`<|user|>`) or text. The tokenizer encodes the
+two kinds differently, so user text never becomes a control token. All segments joined are the string that the model's
+own `chat_template` (Jinja) gives.
 
-The layouts are those of the published models' `tokenizer_config.json`: Phi-3-mini-4k-instruct of April 2024 and its
-later revision (which added the system turn), Phi-3.5-mini-instruct, Phi-4-mini-instruct and Phi-4.
+The templates are those of the published models' `tokenizer_config.json`: Phi-3-mini-4k-instruct of April 2024 and its
+later revision (which added the system message), Phi-3.5-mini-instruct, Phi-4-mini-instruct and Phi-4.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ov_phi3.errors import TemplateError, did_you_mean
-
-if TYPE_CHECKING:
-    from ov_phi3.model.info import ModelInfo
+from ov_phi3.model.info import ModelInfo
 
 __all__ = ["ChatTemplate", "Message", "Raw", "Segment"]
 
@@ -29,8 +27,9 @@ Message = Mapping[str, Any]
 
 
 class Raw(str):
-    """Text whose control tokens are meant: `Raw("<|user|>Hi<|end|><|assistant|>")` is parsed, never templated or
-    escaped.
+    """Prompt text that may contain control tokens: `Raw("<|user|>Hi<|end|><|assistant|>")`.
+
+    Control-token text in it becomes control tokens. The chat template is not applied.
     """
 
     __slots__ = ()
@@ -40,7 +39,12 @@ class Raw(str):
 
 
 class Segment(NamedTuple):
-    """A piece of a prompt: a control token's text, or text that is only text."""
+    """A part of a prompt.
+
+    Attributes:
+        text: the text.
+        control: whether `text` names a control token; otherwise it is plain text.
+    """
 
     text: str
     control: bool
@@ -48,22 +52,22 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """How one model family lays out a chat.
+    """The chat template of a model family.
 
     Use a named constructor (`phi3()`, `phi3_april_2024()`, `phi35()`, `phi4_mini()`, `phi4()`), or
-    `for_model(directory)`, which picks the one that the directory's own `chat_template` describes.
+    `for_model(directory)`, which selects the template that the directory's own `chat_template` describes.
 
     Attributes:
         name: the constructor's name.
-        header: what opens a turn; `{role}` is filled in. Control tokens are what stands between `<|` and `|>`.
-        end: what closes a turn.
-        roles: the roles that the layout can hold.
-        bos: a control token put first, or "".
-        eos: the control token that ends a transcript without a generation prompt, or "".
-        open_after_user: the assistant's header follows each user turn at once (April 2024), so that
-            `add_generation_prompt` changes nothing.
-        skip_empty_system: a system message without content is left out (Phi-3.5).
-        tools: a system message may carry "tools" (Phi-4-mini).
+        header: text before a message; `{role}` is replaced. Names between `<|` and `|>` are control tokens.
+        end: text after a message.
+        roles: accepted roles.
+        bos: control token at the start of the prompt, or "".
+        eos: control token at the end of a transcript without a generation prompt, or "".
+        open_after_user: the assistant's header follows each user message (April 2024), so `add_generation_prompt`
+            changes nothing.
+        skip_empty_system: omit a system message without content (Phi-3.5).
+        tools: the system message may have the key "tools" (Phi-4-mini).
     """
 
     name: str
@@ -75,28 +79,28 @@ class ChatTemplate:
     open_after_user: bool = False
     skip_empty_system: bool = False
     tools: bool = False
-    _parts: dict[str, tuple[Segment, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _split_texts: dict[str, tuple[Segment, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    # -- the layouts -------------------------------------------------------------------------------------------------
+    # -- the templates -----------------------------------------------------------------------------------------------
 
     @classmethod
     def phi3(cls) -> ChatTemplate:
-        """Phi-3-mini and Phi-3-medium as revised in mid-2024, with a system turn."""
+        """Phi-3-mini and Phi-3-medium as revised in mid-2024, with a system message."""
         return cls("phi3")
 
     @classmethod
     def phi3_april_2024(cls, *, bos: str = "<s>") -> ChatTemplate:
-        """Phi-3-mini as first published, without a system turn; Phi-3-medium is the same with `bos=""`."""
+        """Phi-3-mini as first published, without a system message; Phi-3-medium is the same with `bos=""`."""
         return cls("phi3_april_2024", roles=("user", "assistant"), bos=bos, eos="", open_after_user=True)
 
     @classmethod
     def phi35(cls) -> ChatTemplate:
-        """Phi-3.5-mini: Phi-3's layout, but an empty system message is left out."""
+        """Phi-3.5-mini: as `phi3`, but an empty system message is omitted."""
         return cls("phi35", skip_empty_system=True)
 
     @classmethod
     def phi4_mini(cls) -> ChatTemplate:
-        """Phi-4-mini: no newlines, and tools inside the system turn."""
+        """Phi-4-mini: no newlines, and tools inside the system message."""
         return cls(
             "phi4_mini",
             header="<|{role}|>",
@@ -112,46 +116,51 @@ class ChatTemplate:
 
     @classmethod
     def for_model(cls, model_dir: str | Path) -> ChatTemplate:
-        """The layout of the model in `model_dir`, read off its own chat template; Phi-3's where it has none.
+        """The template that the model's own chat template describes; `phi3()` if the model has none.
 
         Raises:
             ModelError: the directory is not a usable model.
         """
-        from ov_phi3.model.info import ModelInfo
-
         return cls.for_info(ModelInfo.from_dir(model_dir))
 
     @classmethod
     def for_info(cls, info: ModelInfo) -> ChatTemplate:
-        """The same for a directory that was read already."""
+        """As `for_model`, for a directory that is read already."""
         return cls.from_jinja(info.chat_template, eos=info.eos_token, bos=info.bos_token)
 
     @classmethod
     def from_jinja(cls, source: str | None, *, eos: str | None = None, bos: str | None = None) -> ChatTemplate:
-        """The layout that a Jinja chat template describes, told by the features in which the families differ.
+        """The template that a Jinja chat template describes, recognised by the features in which the families differ.
 
-        The template is read as text, never executed. `eos` and `bos` are the tokenizer's, where it has them.
+        Args:
+            source: the Jinja template. It is searched as text, never executed. None or "" gives `phi3()`.
+            eos: the tokenizer's EOS token, if it has one.
+            bos: the tokenizer's BOS token, if it has one.
         """
         if not source:
             return cls.phi3()
         if "<|im_sep|>" in source:
             return cls.phi4()
         if "<|/tool|>" in source:
-            chosen = cls.phi4_mini()
+            template = cls.phi4_mini()
         elif "'system'" not in source and '"system"' not in source and "message['role'] +" not in source:
             return cls.phi3_april_2024(bos=(bos or "<s>") if "bos_token" in source else "")
         elif re.search(r"'system'\s+and\s+message\[", source):
-            chosen = cls.phi35()
+            template = cls.phi35()
         else:
-            chosen = cls.phi3()
+            template = cls.phi3()
         if "bos_token" in source:
-            chosen = replace(chosen, bos=bos or "<s>")
-        return replace(chosen, eos=eos or chosen.eos if "eos_token" in source else "")
+            template = replace(template, bos=bos or "<s>")
+        return replace(template, eos=eos or template.eos if "eos_token" in source else "")
 
     # -- rendering ---------------------------------------------------------------------------------------------------
 
     def segments(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[Segment]:
-        """The messages as control tokens and text, in order.
+        """The segments of a whole prompt.
+
+        Args:
+            messages: the chat.
+            add_generation_prompt: end with the assistant's header; otherwise with `eos`.
 
         Raises:
             TemplateError: no message, an unknown role or key, or content that is not text.
@@ -161,78 +170,79 @@ class ChatTemplate:
             raise TypeError(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")
         if not messages:
             raise TemplateError("messages is empty; a prompt needs at least one message with role 'user'.")
-        out = self.beginning(messages)
+        segments = self.beginning(messages)
         if add_generation_prompt:
-            out += self._opening()
+            segments += self._generation_prompt()
         elif self.eos:
-            out.append(Segment(self.eos, True))
-        return out
+            segments.append(Segment(self.eos, True))
+        return segments
 
     def beginning(self, messages: Sequence[Message]) -> list[Segment]:
-        """The messages alone, with nothing behind them: what every conversation that begins with them begins with.
+        """The segments of the first messages of a chat, without a generation prompt and without `eos`.
+
+        Every chat that begins with these messages begins with these segments.
 
         Raises:
             TemplateError: as `segments`.
         """
-        return ([Segment(self.bos, True)] if self.bos else []) + self._turns(messages)
+        return ([Segment(self.bos, True)] if self.bos else []) + self._all_messages(messages)
 
     def following(self, messages: Sequence[Message]) -> list[Segment]:
-        """Messages that follow on `beginning`, and a generation prompt.
+        """The segments of messages that follow those of `beginning`, and a generation prompt.
 
         Raises:
             TemplateError: as `segments`.
         """
-        return self._turns(messages) + self._opening()
+        return self._all_messages(messages) + self._generation_prompt()
 
     def continuation(self, message: Message) -> list[Segment]:
-        """What follows a reply when the conversation goes on: the reply's end, a further message, a generation prompt.
+        """The segments behind a reply: the end of the reply's message, the next message, a generation prompt.
 
         Raises:
             TemplateError: as `segments`.
         """
-        return self._layout(self.end) + self.following([message])
+        return self._split(self.end) + self.following([message])
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The prompt as one string, equal to what the model's own `chat_template` gives.
+        """The prompt as one string, equal to the result of the model's own `chat_template`.
 
-        For reading and for comparing. Encode messages with `Tokenizer.encode_messages`, not by encoding this string:
-        here text that looks like a control token can no longer be told from one.
+        Use it to read or to compare prompts. Encode messages with `Tokenizer.encode_messages`: in this string, user
+        text that looks like a control token cannot be distinguished from a control token.
 
         Raises:
             TemplateError: as `segments`.
         """
         return "".join(s.text for s in self.segments(messages, add_generation_prompt=add_generation_prompt))
 
-    def _opening(self) -> list[Segment]:
-        """The generation prompt."""
-        return [] if self.open_after_user else self._layout(self.header.format(role="assistant"))
+    def _generation_prompt(self) -> list[Segment]:
+        return [] if self.open_after_user else self._split(self.header.format(role="assistant"))
 
-    def _turns(self, messages: Sequence[Message]) -> list[Segment]:
-        return [segment for index, message in enumerate(messages) for segment in self._turn(index, message)]
+    def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
+        return [segment for index, message in enumerate(messages) for segment in self._one_message(index, message)]
 
-    def _turn(self, index: int, message: Message) -> list[Segment]:
-        role, content, tools = self._checked(index, message)
+    def _one_message(self, index: int, message: Message) -> list[Segment]:
+        role, content, tools = self._check_message(index, message)
         if role == "system" and self.skip_empty_system and not content:
             return []
-        opened_already = self.open_after_user and role == "assistant"
-        out = [] if opened_already else self._layout(self.header.format(role=role))
-        out.append(Segment(content, False))
+        has_header = self.open_after_user and role == "assistant"
+        segments = [] if has_header else self._split(self.header.format(role=role))
+        segments.append(Segment(content, False))
         if tools is not None:
-            out += [Segment("<|tool|>", True), Segment(tools, False), Segment("<|/tool|>", True)]
-        out += self._layout(self.end)
+            segments += [Segment("<|tool|>", True), Segment(tools, False), Segment("<|/tool|>", True)]
+        segments += self._split(self.end)
         if self.open_after_user and role == "user":
-            out += self._layout(self.header.format(role="assistant"))
-        return out
+            segments += self._split(self.header.format(role="assistant"))
+        return segments
 
-    def _layout(self, text: str) -> list[Segment]:
-        """A piece of layout split into its control tokens and the text between them."""
-        if text not in self._parts:
-            pieces = re.split(r"(<\|[a-z_/]+\|>)", text)
-            self._parts[text] = tuple(Segment(p, bool(i % 2)) for i, p in enumerate(pieces) if p)
-        return list(self._parts[text])
+    def _split(self, text: str) -> list[Segment]:
+        """Split a header or an end into its control tokens and the text between them."""
+        if text not in self._split_texts:
+            parts = re.split(r"(<\|[a-z_/]+\|>)", text)
+            self._split_texts[text] = tuple(Segment(part, bool(i % 2)) for i, part in enumerate(parts) if part)
+        return list(self._split_texts[text])
 
-    def _checked(self, index: int, message: Message) -> tuple[str, str, str | None]:
-        """Role, content and tools of one message, or an error that says which message and what is wrong with it."""
+    def _check_message(self, index: int, message: Message) -> tuple[str, str, str | None]:
+        """Return role, content and tools of a message, or raise an error that names the message by its index."""
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise TypeError(f"{where} must be a dict with 'role' and 'content', not {type(message).__name__}")
@@ -240,7 +250,7 @@ class ChatTemplate:
         for key in message:
             if key not in accepted:
                 hint = did_you_mean(str(key), accepted)
-                raise TemplateError(f"{where} has the key {key!r}; this layout takes {sorted(accepted)}.{hint}")
+                raise TemplateError(f"{where} has the key {key!r}; this chat template takes {sorted(accepted)}.{hint}")
         for key in ("role", "content"):
             if key not in message:
                 raise TemplateError(f"{where} has no {key!r}: {dict(message)!r}.")
@@ -258,10 +268,10 @@ class ChatTemplate:
     def _roles_help(self, role: object) -> str:
         if isinstance(role, str) and role == "system":
             return (
-                f"the {self.name} layout has no system turn, and the model's own template drops it without a word. "
-                "Put the text in front of the first user message."
+                f"the {self.name} chat template has no system message, and the model's own template drops it without "
+                "an error. Put the text in front of the first user message."
             )
-        return f"the {self.name} layout takes {list(self.roles)}.{did_you_mean(str(role), self.roles)}"
+        return f"the {self.name} chat template takes {list(self.roles)}.{did_you_mean(str(role), self.roles)}"
 
 
 def _text_of(content: object, where: str) -> str:

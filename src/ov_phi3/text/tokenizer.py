@@ -1,4 +1,4 @@
-"""Text to token ids and back, where text is data: only `Raw` and the template make control tokens."""
+"""Text to token ids and back. Text is data: only `Raw` and the chat template produce control tokens."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer"]
 
-# Unicode's White_Space property, which is what the tokenizers' own rstrip and lstrip go by; str.strip() would also
-# take the four separators U+001C to U+001F.
+# Unicode's White_Space property, which the tokenizers' rstrip and lstrip use. str.strip() would also remove the four
+# separators U+001C to U+001F.
 _WHITE_SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
     "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 )
 
-_MARK = "\u2581"
+_MARK = "\u2581"  # SentencePiece's mark for a space
 
 
 class Tokenizer:
-    """A model's tokenizer: its exported graphs, and the layout its messages go through.
+    """A model's tokenizer: its exported graphs and its chat template.
 
     Safe to use from several threads.
 
     Attributes:
-        template: the `ChatTemplate` of `encode_messages`.
+        template: the `ChatTemplate` that `encode_messages` applies.
         control_tokens: text of every control (added) token -> its id.
         vocab_size: ids go from 0 to below this.
     """
@@ -50,9 +50,9 @@ class Tokenizer:
 
         Args:
             model_dir: directory with `openvino_tokenizer.xml` and `openvino_detokenizer.xml`.
-            template: the chat layout; default: the one that the directory's own chat template describes.
-            vocab_size: ids that the model can give, where that is known; most models have a few more than the
-                tokenizer has texts for, which decode to nothing.
+            template: the chat template; default: `ChatTemplate.for_model(model_dir)`.
+            vocab_size: number of ids that the model can generate, if known. Most models have a few more ids than the
+                tokenizer; those decode to nothing.
 
         Raises:
             ModelError: the files are missing or are not tokenizer graphs.
@@ -75,72 +75,68 @@ class Tokenizer:
         self.vocab_size = max(self._bytes.size, vocab_size or 0)
         self.control_tokens: dict[str, int] = dict(self._graph.added_tokens)
         self._control_ids = frozenset(self.control_tokens.values())
-        names = "|".join(re.escape(t) for t in sorted(self.control_tokens, key=len, reverse=True))
+        names = "|".join(re.escape(text) for text in sorted(self.control_tokens, key=len, reverse=True))
         self._control = re.compile(f"({names})" if names else r"([^\s\S])")
-        # SentencePiece's mark for a space: written in a text it would come back as a space, so it goes in as its bytes.
-        self._mark = self._mark_bytes()
+        # A mark in a text would decode to a space, so it is encoded as its bytes.
+        self._mark_ids = self._byte_tokens_of_mark()
         byte_names = "<0x[0-9A-F]{2}>" if self._graph.byte_tokens else ""
-        hazards = "|".join(n for n in (names, byte_names, _MARK if self._mark else "") if n)
-        # Zero-width, so that names which overlap are all found.
-        self._hazard = re.compile(f"(?={hazards})" if hazards else r"[^\s\S]")
-        self._read_stripping()
+        unsafe = "|".join(pattern for pattern in (names, byte_names, _MARK if self._mark_ids else "") if pattern)
+        # Zero-width, so that overlapping names are all found.
+        self._unsafe = re.compile(f"(?={unsafe})" if unsafe else r"[^\s\S]")
+        self._lstrip, self._rstrip = self._find_stripping_tokens()
 
     def __repr__(self) -> str:
-        return (
-            f"<Tokenizer {self.vocab_size} ids, {len(self.control_tokens)} control tokens, {self.template.name} layout>"
-        )
+        controls = f"{len(self.control_tokens)} control tokens"
+        return f"<Tokenizer {self.vocab_size} ids, {controls}, {self.template.name} chat template>"
 
     # -- to ids ------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids of a text, shape [tokens], with nothing added.
+        """Encode a text, without adding anything: token ids, int64, shape [tokens].
 
-        Control tokens in a plain string are text like any other; in `Raw` text they are control tokens.
+        Control-token names in a plain string are encoded as text; in `Raw` text they become control tokens.
 
         Raises:
-            PromptError: the text holds a lone surrogate, which no encoding can carry.
-            TypeError: not a string.
+            PromptError: the text holds a lone surrogate, which UTF-8 cannot encode.
+            TypeError: `text` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
         if isinstance(text, Raw):
-            pieces = self._control.split(text)
-            return self.encode_segments([Segment(p, bool(i % 2)) for i, p in enumerate(pieces) if p])
+            parts = self._control.split(text)
+            return self.encode_segments([Segment(part, bool(i % 2)) for i, part in enumerate(parts) if part])
         return self.encode_segments([Segment(text, False)])
 
     def encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> NDArray[np.int64]:
-        """Token ids of a chat, shape [tokens], laid out by `template`.
+        """Encode a chat with `template`: token ids, int64, shape [tokens].
 
         For messages without control-token text these are exactly the ids of the rendered string.
 
         Raises:
-            TemplateError: messages that the layout cannot hold.
-            PromptError: text that cannot be encoded.
+            TemplateError: the template does not accept the messages.
+            PromptError: a text cannot be encoded.
         """
         return self.encode_segments(self.template.segments(messages, add_generation_prompt=add_generation_prompt))
 
     def encode_segments(self, segments: Iterable[Segment]) -> NDArray[np.int64]:
-        """Token ids of control tokens and texts in turn, shape [tokens].
+        """Encode the segments of a chat template: token ids, int64, shape [tokens].
 
-        Texts between two control tokens are one text to the tokenizer, as they are in the rendered string.
+        Texts between two control tokens are joined before they are encoded, as in the rendered string.
 
         Raises:
-            TemplateError: a control token that this model does not have.
-            PromptError: text that cannot be encoded.
+            TemplateError: the model does not have a control token.
+            PromptError: a text cannot be encoded.
         """
-        controls, texts = self._joined(segments)
-        encoded = self._encode_texts(texts)
-        out: list[int] = []
-        for control, ids in zip(controls, encoded, strict=True):
+        controls, texts = self._pair(segments)
+        ids: list[int] = []
+        for control, text_ids in zip(controls, self._encode_texts(texts), strict=True):
             if control is not None:
-                out.append(control)
-            out += ids
-        return np.array(out, dtype=np.int64)
+                ids.append(control)
+            ids += text_ids
+        return np.array(ids, dtype=np.int64)
 
-    def _joined(self, segments: Iterable[Segment]) -> tuple[list[int | None], list[str]]:
-        """The segments as pairs of a control token and the text behind it, white space swallowed as the tokenizer
-        does.
-        """
+    def _pair(self, segments: Iterable[Segment]) -> tuple[list[int | None], list[str]]:
+        """Pair each control token with the text behind it; strip white space where the tokenizer does."""
         controls: list[int | None] = [None]
         texts = [""]
         for text, is_control in segments:
@@ -150,8 +146,8 @@ class Tokenizer:
                 continue
             if text not in self.control_tokens:
                 raise TemplateError(
-                    f"this model's tokenizer has no control token {text!r}, which the {self.template.name} layout "
-                    f"needs; it has {sorted(self.control_tokens)}. Give load() the template that fits."
+                    f"this model's tokenizer has no control token {text!r}, which the {self.template.name} chat "
+                    f"template needs; it has {sorted(self.control_tokens)}. Pass the model's own template to load()."
                 )
             token_id = self.control_tokens[text]
             if token_id in self._lstrip:
@@ -159,76 +155,89 @@ class Tokenizer:
             controls.append(token_id)
             texts.append("")
         return controls, [
-            t.lstrip(_WHITE_SPACE) if c in self._rstrip else t for c, t in zip(controls, texts, strict=True)
+            text.lstrip(_WHITE_SPACE) if control in self._rstrip else text
+            for control, text in zip(controls, texts, strict=True)
         ]
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._graph.encode(texts)
-        return [self._encode_guarded(t) if self._unsafe(t, i) else i for t, i in zip(texts, encoded, strict=True)]
+        return [
+            self._encode_split(text) if self._is_unsafe(text, ids) else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
 
-    def _unsafe(self, text: str, ids: list[int]) -> bool:
-        """Whether the graph may have taken a part of this text for a control token or a byte token."""
-        return not self._control_ids.isdisjoint(ids) or self._hazard.search(text) is not None
+    def _is_unsafe(self, text: str, ids: list[int]) -> bool:
+        """Whether the graph may have read a part of this text as a control token, a byte token or a mark."""
+        return not self._control_ids.isdisjoint(ids) or self._unsafe.search(text) is not None
 
-    def _encode_guarded(self, text: str) -> list[int]:
-        """Ids of a text that names control tokens, each name cut behind its first character so that it is not seen
-        whole.
+    def _encode_split(self, text: str) -> list[int]:
+        """Encode a text that names control tokens. It is split behind the first character of each name, so that the
+        graph never sees a whole name.
         """
-        cuts = [m.start() + 1 for m in self._hazard.finditer(text)]
-        out = self._encode_cut(text, cuts)
-        if not self._control_ids.isdisjoint(out):
-            # A normalizer made a name out of something else: then no two characters may meet.
-            out = self._encode_cut(text, list(range(1, len(text))))
-        if not self._control_ids.isdisjoint(out):
-            raise PromptError(f"{text[:80]!r} cannot be encoded without making a control token of it.")
-        return out
+        ids = self._encode_parts(text, [match.start() + 1 for match in self._unsafe.finditer(text)])
+        if not self._control_ids.isdisjoint(ids):
+            # A normalizer turned other text into a name: encode every character by itself.
+            ids = self._encode_parts(text, list(range(1, len(text))))
+        if not self._control_ids.isdisjoint(ids):
+            raise PromptError(f"{text[:80]!r} cannot be encoded without producing a control token.")
+        return ids
 
-    def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
-        bounds = [0, *cuts, len(text)]
-        pieces = [p for a, b in pairwise(bounds) if a < b for p in self._around_marks(text[a:b])]
-        plain = ["" if self._mark and p == _MARK else p for p in pieces]
-        encoded = self._graph.encode(plain[:1]) + self._graph.encode(plain[1:], continues=True)
-        marked = [self._mark if p == _MARK and self._mark else ids for p, ids in zip(pieces, encoded, strict=True)]
-        return [i for ids in marked for i in ids]
+    def _encode_parts(self, text: str, splits: list[int]) -> list[int]:
+        """Encode the parts of a text between the positions `splits` one by one, and marks as their bytes."""
+        bounds = [0, *splits, len(text)]
+        parts = [part for a, b in pairwise(bounds) if a < b for part in self._split_at_marks(text[a:b])]
+        is_mark = [bool(self._mark_ids) and part == _MARK for part in parts]
+        texts = ["" if mark else part for mark, part in zip(is_mark, parts, strict=True)]
+        encoded = self._graph.encode(texts[:1]) + self._graph.encode(texts[1:], continues=True)
+        return [
+            token_id
+            for mark, ids in zip(is_mark, encoded, strict=True)
+            for token_id in (self._mark_ids if mark else ids)
+        ]
 
-    def _around_marks(self, text: str) -> list[str]:
-        return [p for p in re.split(f"({_MARK})", text) if p] if self._mark else [text]
+    def _split_at_marks(self, text: str) -> list[str]:
+        return [part for part in re.split(f"({_MARK})", text) if part] if self._mark_ids else [text]
 
-    def _mark_bytes(self) -> list[int]:
-        """Ids of the byte tokens that spell the mark, or nothing where a mark in a text comes back as it is."""
-        if not self._graph.byte_tokens or _MARK in self._text_of_graph(_MARK):
+    def _byte_tokens_of_mark(self) -> list[int]:
+        """Ids of the byte tokens of the mark's UTF-8 form; empty if a mark in a text decodes to itself."""
+        if not self._graph.byte_tokens or _MARK in self._round_trip(_MARK):
             return []
-        singles = {self._bytes.token_bytes(i): i for i in range(512)}
-        spelled = [singles.get(bytes([b])) for b in _MARK.encode()]
-        return [i for i in spelled if i is not None] if None not in spelled else []
+        id_of_byte = {self._bytes.token_bytes(i): i for i in range(512)}
+        ids = [id_of_byte.get(bytes([byte])) for byte in _MARK.encode()]
+        return [i for i in ids if i is not None] if None not in ids else []
 
-    def _text_of_graph(self, text: str) -> str:
+    def _round_trip(self, text: str) -> str:
         return b"".join(self._bytes.token_bytes(i) for i in self._graph.encode([text])[0]).decode("utf-8", "replace")
 
-    def _read_stripping(self) -> None:
-        """Which control tokens swallow white space behind or before them, found by asking the graph."""
+    def _find_stripping_tokens(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Control tokens that remove the white space before them, and behind them; found by encoding both cases."""
         names = list(self.control_tokens)
-        behind = self._graph.encode([n + " " for n in names]) if names else []
-        before = self._graph.encode([" " + n for n in names]) if names else []
-        ids = [self.control_tokens[n] for n in names]
-        self._rstrip = frozenset(i for i, got in zip(ids, behind, strict=True) if got == [i])
-        self._lstrip = frozenset(i for i, got in zip(ids, before, strict=True) if got == [i])
+        before = self._graph.encode([" " + name for name in names]) if names else []
+        behind = self._graph.encode([name + " " for name in names]) if names else []
+        token_ids = [self.control_tokens[name] for name in names]
+        lstrip = frozenset(token for token, ids in zip(token_ids, before, strict=True) if ids == [token])
+        rstrip = frozenset(token for token, ids in zip(token_ids, behind, strict=True) if ids == [token])
+        return lstrip, rstrip
 
     # -- to text -----------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids, shape [tokens]; special tokens are left out unless asked for.
+        """Decode token ids, shape [tokens].
+
+        Args:
+            ids: a list or 1-D array.
+            skip_special_tokens: leave special tokens out of the text.
 
         Raises:
-            PromptError: an id outside the vocabulary.
-            TypeError: not a list or 1-D array of whole numbers.
+            PromptError: an id is outside the vocabulary.
+            TypeError: `ids` is not a list or 1-D array of whole numbers.
         """
         checked = as_ids(ids, self.vocab_size)
         decoder = self.stream_decoder(skip_special_tokens=skip_special_tokens)
         return decoder.add(checked.tolist()) + decoder.flush()
 
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for ids as they come; what it gives adds up to `decode` of all of them."""
+        """An incremental decoder; its results, joined, equal `decode` of all ids."""
         return StreamDecoder(
             self._bytes.token_bytes,
             skipped=self._bytes.skipped if skip_special_tokens else (),
@@ -237,16 +246,16 @@ class Tokenizer:
 
 
 def as_ids(ids: object, vocab_size: int) -> NDArray[np.int64]:
-    """Token ids as an int64 array of shape [tokens], checked.
+    """Check token ids and return them as an int64 array, shape [tokens].
 
     Raises:
-        PromptError: an id outside the vocabulary, or an array that is not one-dimensional.
-        TypeError: anything but whole numbers.
+        PromptError: an id is outside the vocabulary, or the array is not one-dimensional.
+        TypeError: `ids` holds anything but whole numbers.
     """
     if isinstance(ids, (str, bytes, bytearray, memoryview)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise TypeError(f"token ids must be a list or a 1-D array of whole numbers, not {type(ids).__name__}")
     if isinstance(ids, Sequence):
-        _check_range((i for i in ids if isinstance(i, int)), vocab_size)  # numpy makes floats of ints too large for it
+        _check_range((i for i in ids if isinstance(i, int)), vocab_size)  # numpy turns too large integers into floats
     try:
         array = np.asarray(ids)
     except ValueError as exc:
@@ -261,9 +270,9 @@ def as_ids(ids: object, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _check_range(ids: Iterable[int], vocab_size: int) -> None:
-    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if wrong is not None:
-        raise PromptError(f"token id {wrong} is outside the vocabulary; ids go from 0 to {vocab_size - 1}.")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise PromptError(f"token id {outside} is outside the vocabulary; ids go from 0 to {vocab_size - 1}.")
 
 
 def _check_encodable(text: str) -> None:
