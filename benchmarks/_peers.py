@@ -1,4 +1,4 @@
-"""The runtimes that `compare.py` compares with: how each gets its environment and its model."""
+"""The runtimes that `compare.py` measures: the environment, the model and the process of each."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SCRIPTS = ROOT / "benchmarks" / "peers"
 
 
 class WorkerError(RuntimeError):
-    """A peer's process failed; says what it said."""
+    """A peer's process failed; the message is the peer's."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model in the forms that there are.
+    """Paths of one model in several formats.
 
     Attributes:
-        exported: as OpenVINO IR, for this library, raw GenAI and optimum-intel.
-        source: in Hugging Face format, for builders; None if unknown.
-        gguf: for llama.cpp; None if there is none.
+        exported: OpenVINO IR, for this library, raw GenAI and optimum-intel.
+        source: Hugging Face format, for builders; None if unknown.
+        gguf: GGUF file, for llama.cpp; None if unknown.
     """
 
     exported: Path
@@ -48,11 +48,11 @@ class Peer:
     """One runtime to compare.
 
     Attributes:
-        name: as people know it.
+        name: its common name.
         script: its file in `peers/`.
-        prepare: makes its environment and model; returns both, or raises `BootstrapError` with the reason.
-        devices: kinds of device that it can run on here.
-        unequal: what could not be made equal, to be said beside its numbers.
+        prepare: makes its environment and model and returns both paths; raises `BootstrapError` with the reason.
+        devices: kinds of device that this setup supports.
+        unequal: conditions that could not be made equal, shown beside its figures.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Peer:
 
 
 class Worker:
-    """A peer's process."""
+    """The process of a peer, which answers requests in JSON lines (`peers/protocol.py`)."""
 
     def __init__(self, peer: Peer, python: Path, log: Path) -> None:
         self._log = log
@@ -79,7 +79,7 @@ class Worker:
             )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send a request and return its answer.
 
         Raises:
             WorkerError: the request failed, or the process ended.
@@ -113,7 +113,7 @@ class Worker:
             self._process.stdout.close()
 
 
-def _place(name: str) -> Path:
+def _peer_dir(name: str) -> Path:
     return cache_dir() / "peers" / name
 
 
@@ -122,7 +122,7 @@ def _ours(inputs: Inputs) -> tuple[Path, Path]:
 
 
 def _genai(inputs: Inputs) -> tuple[Path, Path]:
-    return ensure_environment(_place("genai"), ["peer-genai"], library=False), inputs.exported
+    return ensure_environment(_peer_dir("genai"), ["peer-genai"], library=False), inputs.exported
 
 
 def _optimum(inputs: Inputs) -> tuple[Path, Path]:
@@ -132,24 +132,24 @@ def _optimum(inputs: Inputs) -> tuple[Path, Path]:
 def _llama_cpp(inputs: Inputs) -> tuple[Path, Path]:
     if inputs.gguf is None:
         raise BootstrapError("no GGUF file of this model; pass one with --gguf")
-    # Only the library: its tools, server and tests take most of the time to build.
+    # Build the library only: its tools, server and tests take most of the build time.
     parts = ("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER", "LLAVA_BUILD")
     flags = ["-DGGML_NATIVE=ON", *(f"-D{part}=OFF" for part in parts)]
     variables = {"CMAKE_ARGS": " ".join(flags)}
-    python = ensure_environment(_place("llama-cpp"), ["peer-llama-cpp"], library=False, variables=variables)
+    python = ensure_environment(_peer_dir("llama-cpp"), ["peer-llama-cpp"], library=False, variables=variables)
     return python, inputs.gguf
 
 
 def _ort_genai(inputs: Inputs) -> tuple[Path, Path]:
     if inputs.source is None:
         raise BootstrapError("its builder needs the model in Hugging Face format; pass it with --hf")
-    python = ensure_environment(_place("ort-genai"), ["peer-ort-genai"], library=False)
-    model = _place("models") / f"{inputs.source.parent.name}-{inputs.source.name}-ort-int4"
+    python = ensure_environment(_peer_dir("ort-genai"), ["peer-ort-genai"], library=False)
+    model = _peer_dir("models") / f"{inputs.source.parent.name}-{inputs.source.name}-ort-int4"
     if not (model / "genai_config.json").exists():
         # int4_accuracy_level=4 computes with 8-bit activations, as the other int4 runtimes here do.
         options = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
         builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", inputs.source, "-o", model, *options]
-        run_step("build the model for onnxruntime-genai", builder, _place("ort-builder.log"))
+        run_step("build the model for onnxruntime-genai", builder, _peer_dir("ort-builder.log"))
     return python, model
 
 
@@ -160,14 +160,14 @@ PEERS = (
         "genai_peer.py",
         _genai,
         ("CPU", "GPU", "NPU"),
-        "the same files and the same properties; it grows its KV cache as it goes, ov_phi3 has it from the start",
+        "the same files and the same properties; it grows its KV cache on demand, ov_phi3 allocates it at load",
     ),
     Peer(
         "optimum-intel",
         "optimum_peer.py",
         _optimum,
         ("CPU", "GPU"),
-        "the same files and the same properties; it computes every prompt whole",
+        "the same files and the same properties; it prefills every prompt in full",
     ),
     Peer(
         "llama.cpp",

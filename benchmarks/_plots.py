@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks found; matplotlib is in the `bench` extra."""
+"""Plots of benchmark results; matplotlib is in the `bench` extra."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # draws files; needs no screen
+mpl.use("Agg")  # draws to files; needs no display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison", "plot_report"]
 
-# The colours of Okabe and Ito, which people with colour blindness can tell apart.
+# The palette of Okabe and Ito, which is safe for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 GREY = "#666666"
 STYLE = {
@@ -37,75 +37,75 @@ STYLE = {
 
 
 def plot_report(report: ov_phi3.Report, folder: Path) -> list[Path]:
-    """Latency by prompt length, the gaps between tokens, and the turns of a chat, each a PNG file in `folder`."""
+    """Plot latency by prompt length, gaps between tokens, and chat turns, each to a PNG file in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    paths = []
     with mpl.rc_context(STYLE):
         if report.measurements:
-            made += [_latency(report, folder / "latency.png"), _gaps(report, folder / "inter-token.png")]
+            paths += [_latency(report, folder / "latency.png"), _gaps(report, folder / "inter-token.png")]
         if report.chat:
-            made.append(_chat(report, folder / "chat.png"))
-    return made
+            paths.append(_chat(report, folder / "chat.png"))
+    return paths
 
 
-def _saved(figure: Any, path: Path, about: str) -> Path:
-    figure.text(0.01, 0.005, about, fontsize=7, color=GREY, va="bottom")
+def _save(figure: Any, path: Path, caption: str) -> Path:
+    figure.text(0.01, 0.005, caption, fontsize=7, color=GREY, va="bottom")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path)
     plt.close(figure)
     return path
 
 
-def _about(report: ov_phi3.Report) -> str:
+def _caption(report: ov_phi3.Report) -> str:
     return (
         f"{Path(report.model['path']).name} on {report.device['name']} ({report.device['full_name']}), "
         f"openvino-genai {report.machine.packages['openvino-genai']}, {report.measured_at}"
     )
 
 
-def _points(axes: Axes, places: Sequence[float], samples: Sequence[Sequence[float]], colour: str) -> None:
-    """Every sample, so that nothing hides behind a median."""
-    for place, values in zip(places, samples, strict=True):
-        axes.plot([place] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+def _points(axes: Axes, positions: Sequence[float], samples: Sequence[Sequence[float]], colour: str) -> None:
+    """Plot every sample, so that outliers stay visible beside the median."""
+    for position, values in zip(positions, samples, strict=True):
+        axes.plot([position] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
 
 
 def _plain_log(axes: Axes) -> None:
-    """A logarithmic scale of milliseconds with marks that are plain numbers."""
+    """Label a logarithmic scale of milliseconds with plain numbers."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _latency(report: ov_phi3.Report, path: Path) -> Path:
-    found = sorted(report.measurements, key=lambda m: m.prompt_tokens)
-    lengths = [m.prompt_tokens for m in found]
+    measurements = sorted(report.measurements, key=lambda m: m.prompt_tokens)
+    lengths = [m.prompt_tokens for m in measurements]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    _points(left, lengths, [[s.ttft_ms or 0 for s in m.samples] for m in found], COLOURS[0])
-    left.plot(lengths, [m.ttft_ms for m in found], color=COLOURS[0], label="median")
+    _points(left, lengths, [[s.ttft_ms or 0 for s in m.samples] for m in measurements], COLOURS[0])
+    left.plot(lengths, [m.ttft_ms for m in measurements], color=COLOURS[0], label="median")
     left.set(xscale="log", yscale="log", title="Time to first token", xlabel="prompt tokens", ylabel="milliseconds")
     left.xaxis.set_major_locator(FixedLocator(lengths))
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(ScalarFormatter())
     left.margins(x=0.12)
     _plain_log(left)
-    for length, m in zip(lengths, found, strict=True):
+    for length, m in zip(lengths, measurements, strict=True):
         left.annotate(f"{m.ttft_ms:.0f} ms", (length, m.ttft_ms), (5, -12), textcoords="offset points", fontsize=8)
-    timed = [m for m in found if m.tpot_ms is not None]
-    places = list(range(len(timed)))
-    _points(right, places, [[s.tpot_ms for s in m.samples if s.tpot_ms is not None] for m in timed], COLOURS[0])
-    right.plot(places, [m.tpot_ms or 0.0 for m in timed], "_", color=COLOURS[0], markersize=22, label="median")
+    timed = [m for m in measurements if m.tpot_ms is not None]
+    positions = list(range(len(timed)))
+    _points(right, positions, [[s.tpot_ms for s in m.samples if s.tpot_ms is not None] for m in timed], COLOURS[0])
+    right.plot(positions, [m.tpot_ms or 0.0 for m in timed], "_", color=COLOURS[0], markersize=22, label="median")
     if report.roofline is not None:
         limits = [report.roofline.limit_ms(m.prompt_tokens + m.new_tokens / 2) for m in timed]
-        right.plot(places, limits, "_", color=COLOURS[5], markersize=22, label="limit that memory sets")
-    right.set_xticks(places, [str(m.prompt_tokens) for m in timed])
+        right.plot(positions, limits, "_", color=COLOURS[5], markersize=22, label="limit set by memory bandwidth")
+    right.set_xticks(positions, [str(m.prompt_tokens) for m in timed])
     right.set(title="Time per output token", xlabel="prompt tokens", ylabel="milliseconds", ylim=(0, None))
     right.set_xlim(-0.5, len(timed) - 0.5)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return _saved(figure, path, _about(report))
+    return _save(figure, path, _caption(report))
 
 
 def _gaps(report: ov_phi3.Report, path: Path) -> Path:
-    """The distribution of the gaps between tokens: for every time, the share of gaps that are no longer."""
+    """The cumulative distribution of the gaps between tokens."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     longest = 0.0
     for colour, m in zip(COLOURS * 3, sorted(report.measurements, key=lambda m: m.prompt_tokens), strict=False):
@@ -120,10 +120,10 @@ def _gaps(report: ov_phi3.Report, path: Path) -> Path:
         axes.annotate(
             f"p{share}", (1, share), (-22, -10), xycoords=("axes fraction", "data"), textcoords="offset points"
         )
-    axes.set(title="Gaps between tokens", xlabel="milliseconds", ylabel="% of gaps that are no longer", ylim=(0, 101))
+    axes.set(title="Gaps between tokens", xlabel="milliseconds", ylabel="% of gaps at most this long", ylim=(0, 101))
     axes.set_xlim(0, longest * 1.3 or 1)
     axes.legend(loc="center left")
-    return _saved(figure, path, _about(report) + "; gaps far beyond p99 lie outside the picture")
+    return _save(figure, path, _caption(report) + "; gaps far beyond p99 are outside the plot")
 
 
 def _chat(report: ov_phi3.Report, path: Path) -> Path:
@@ -142,59 +142,61 @@ def _chat(report: ov_phi3.Report, path: Path) -> Path:
     tokens.set(ylabel="tokens", ylim=(0, None))
     handles = [*axes.get_legend_handles_labels()[0], *tokens.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
-    return _saved(figure, path, _about(report))
+    return _save(figure, path, _caption(report))
 
 
-def plot_comparison(found: Comparison, path: Path) -> Path:
-    """Ratios to every peer with their quartiles, and first tokens by prompt length and by chat turn."""
+def plot_comparison(comparison: Comparison, path: Path) -> Path:
+    """Plot ratios to every peer with quartiles, and TTFT by prompt length and by chat turn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure = plt.figure(figsize=(13, 7))
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
-        _ratios(figure.add_subplot(grid[:, 0]), found)
-        _lines(figure.add_subplot(grid[0, 1]), found, "ttft", "Time to first token", "prompt tokens")
-        _lines(figure.add_subplot(grid[1, 1]), found, "chat", "Time to first token in a chat", "turn")
-        about = f"{Path(found.model['path']).name}, {found.settings['threads']} threads, {found.machine.cpu}"
-        return _saved(figure, path, about)
+        _ratios(figure.add_subplot(grid[:, 0]), comparison)
+        _lines(figure.add_subplot(grid[0, 1]), comparison, "ttft", "Time to first token", "prompt tokens")
+        _lines(figure.add_subplot(grid[1, 1]), comparison, "chat", "Time to first token in a chat", "turn")
+        caption = (
+            f"{Path(comparison.model['path']).name}, {comparison.settings['threads']} threads, {comparison.machine.cpu}"
+        )
+        return _save(figure, path, caption)
 
 
-def _ratios(axes: Axes, found: Comparison) -> None:
-    last = max((int(f.key[5:]) for f in found.figures if f.key.startswith("chat_")), default=0)
-    shown = [f for f in found.figures if not f.key.startswith("chat_") or f.key == f"chat_{last}"][::-1]
-    others = [peer for peer in found.peers if peer != "ov_phi3"]
+def _ratios(axes: Axes, comparison: Comparison) -> None:
+    last = max((int(f.key[5:]) for f in comparison.figures if f.key.startswith("chat_")), default=0)
+    shown = [f for f in comparison.figures if not f.key.startswith("chat_") or f.key == f"chat_{last}"][::-1]
+    others = [peer for peer in comparison.peers if peer != "ov_phi3"]
     for number, peer in enumerate(others):
         for row, figure in enumerate(shown):
             ratio = figure.ratio(peer)
             if ratio is None:
                 continue
-            place = row + (len(others) / 2 - number - 0.5) * 0.16
+            height = row + (len(others) / 2 - number - 0.5) * 0.16
             colour = COLOURS[(number + 1) % len(COLOURS)]
-            axes.plot([ratio.p25, ratio.p75], [place, place], color=colour, linewidth=2.5, alpha=0.5)
+            axes.plot([ratio.p25, ratio.p75], [height, height], color=colour, linewidth=2.5, alpha=0.5)
             label = f"over {peer}" if row == 0 else None
-            axes.plot([ratio.p50], [place], "o", color=colour, markersize=5, label=label)
+            axes.plot([ratio.p50], [height], "o", color=colour, markersize=5, label=label)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_yticks(range(len(shown)), [figure.title for figure in shown])
-    axes.set(xscale="log", title="ov_phi3 over its peers; left of 1 it takes less")
-    marks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+    axes.set(xscale="log", title="ov_phi3 / peer; below 1 ov_phi3 takes less")
+    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     if others:
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2)
 
 
-def _lines(axes: Axes, found: Comparison, kind: str, title: str, label: str) -> None:
-    figures = [f for f in found.figures if f.key.startswith(f"{kind}_")]
-    places = [int(f.key.partition("_")[2]) for f in figures]
-    for number, peer in enumerate(found.peers):
+def _lines(axes: Axes, comparison: Comparison, kind: str, title: str, label: str) -> None:
+    figures = [f for f in comparison.figures if f.key.startswith(f"{kind}_")]
+    positions = [int(f.key.partition("_")[2]) for f in figures]
+    for number, peer in enumerate(comparison.peers):
         values = [summary.p50 if (summary := f.summary(peer)) else None for f in figures]
         if any(value is not None for value in values):
             heights = [float("nan") if value is None else value for value in values]
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(places, heights, "o-", color=colour, markersize=3.5, label=peer)
+            axes.plot(positions, heights, "o-", color=colour, markersize=3.5, label=peer)
     axes.set(title=title, xlabel=label, ylabel="milliseconds", yscale="log")
     _plain_log(axes)
-    if places:
-        axes.set_xticks(places)
+    if positions:
+        axes.set_xticks(positions)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,10 +1,10 @@
-"""First-token and per-token latency of a model on one device, with everything that the figures depend on.
+"""Time to first token (TTFT) and per output token (TPOT) of a model on one device, with all that they depend on.
 
     python benchmarks/latency.py MODEL [--device CPU] [--prompt-tokens 32 256 1024 2048] [--json FILE] [--plot FOLDER]
 
-The device is GPU.0 unless another is named, and no other device is ever measured in its place: where it is absent, the
-exit code is 2. Prompts have exact lengths and fresh content, so that no prefix cache flatters a first token; one reply
-of each length goes first and does not count. `docs/benchmarks.md` defines every figure.
+The default device is GPU.0. No other device is measured in the place of an absent one: the exit code is then 2. Prompts
+have exact lengths and fresh content, so no prefix cache shortens a TTFT. The first reply of each length is warm-up and
+is discarded. `docs/benchmarks.md` defines every figure.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="replies per length (default: %(default)s)")
     parser.add_argument("--ends", choices=["forced", "natural"], default="forced", help="default: %(default)s")
     parser.add_argument("--chat-turns", type=int, default=10, metavar="N", help="0 for no chat (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw latency, gaps and chat turns as PNG files")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="plot latency, gaps and chat turns to PNG files")
     return parser.parse_args()
 
 
-def lengths_that_fit(wanted: list[int], new_tokens: int, window: int) -> list[int]:
-    """The prompt lengths that the context window holds together with a reply; says which are left out."""
-    for tokens in wanted:
+def lengths_that_fit(lengths: list[int], new_tokens: int, window: int) -> list[int]:
+    """The prompt lengths that fit the context window together with a reply; the others are printed."""
+    for tokens in lengths:
         if tokens + new_tokens > window:
             print(
-                f"left out: {tokens} prompt tokens and {new_tokens} new ones do not fit the window of {window} tokens"
+                f"left out: {tokens} prompt tokens and {new_tokens} new tokens do not fit the window of {window} tokens"
             )
-    return [tokens for tokens in wanted if tokens + new_tokens <= window]
+    return [tokens for tokens in lengths if tokens + new_tokens <= window]
 
 
-def measured(options: argparse.Namespace) -> ov_phi3.Report:
-    """Load and measure."""
+def measure(options: argparse.Namespace) -> ov_phi3.Report:
+    """Load the model and measure it."""
     progress("loading")
     try:
         with ov_phi3.load(options.model, **load_options(options)) as pipe:
@@ -66,14 +66,14 @@ def measured(options: argparse.Namespace) -> ov_phi3.Report:
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print the report, write JSON and plots."""
     options = parse_arguments()
     try:
         problem = refusal(options)
         if problem is not None:
             print(f"latency.py: {problem}", file=sys.stderr)
             return 2
-        report = measured(options)
+        report = measure(options)
     except ov_phi3.Error as error:
         print(f"latency.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ov_phi3.ConfigError) else 1

@@ -1,12 +1,12 @@
-"""What each setting does to latency, memory and quality, each against the defaults, in one run.
+"""The effect of each setting on latency and quality, compared with the defaults in one run.
 
     python benchmarks/levers.py [MODEL] [--device CPU] [--only threads kv ...] [--other NAME=FOLDER ...] [--json FILE]
 
-A setting and the defaults are loaded side by side, and take turns with every prompt: the figure is the median of the
-ratios, and whether all ids were equal tells whether it is exact. Settings that change the arithmetic also get the
-perplexity of a fixed text (`alice.txt`). Loading is timed in processes of their own. `--other` names further exports of
-the same model to hold against MODEL, such as `int4-max=model/int4-max`; without MODEL, the demo model and its other
-recipes are made. `docs/performance.md` holds what came out.
+The setting and the defaults are loaded side by side and take turns with every prompt. The figure is the median of the
+ratios; a setting is exact if all ids are equal. Settings that change the arithmetic also get the perplexity of a fixed
+text (`alice.txt`). Loading is timed in separate processes. `--other` names further exports of the same model to compare
+with MODEL, such as `int4-max=model/int4-max`; without MODEL, the demo model and its other recipes are made.
+`docs/performance.md` has the results.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Lever:
     """One setting.
 
     Attributes:
-        group: what it is about, for `--only`.
-        name: what it is, as one would write it.
-        ov_config: properties over the defaults.
+        group: its group, for `--only`.
+        name: its name, as a user would write it.
+        ov_config: OpenVINO properties that override the defaults.
         load: further arguments of `ov_phi3.load`.
         model: name of another export to load instead.
-        numeric: whether it changes the arithmetic, so that its quality is worth knowing.
-        several: whether a step may yield several tokens, so that it matters what the text is like.
+        numeric: the setting changes the arithmetic, so its perplexity is measured.
+        several: a step may yield several tokens, so the speed depends on the kind of text.
     """
 
     group: str
@@ -60,7 +60,7 @@ class Lever:
     several: bool = False
 
     def properties(self, options: argparse.Namespace) -> dict[str, Any] | None:
-        """The `ov_config`, with the draft model where there is to be one."""
+        """The `ov_config`, with the draft model if the setting has one."""
         if self.group != "draft":
             return self.ov_config or None
         import openvino_genai
@@ -69,8 +69,8 @@ class Lever:
 
 
 def levers(kind: str, cpus: int, others: list[str], draft: Path | None) -> Iterator[Lever]:
-    """Every setting that is worth trying on this kind of device."""
-    yield Lever("none", "the defaults again (what noise looks like)")
+    """The settings to try on this kind of device."""
+    yield Lever("none", "the defaults again (noise level)")
     if kind == "CPU":
         for threads in sorted({1, max(1, cpus // 2), 2 * cpus} - {cpus}):
             yield Lever("threads", f"INFERENCE_NUM_THREADS={threads}", {"INFERENCE_NUM_THREADS": str(threads)})
@@ -110,17 +110,17 @@ QUESTIONS = (
 )
 
 
-def prompt_for(text: str, pipe: ov_phi3.Pipeline, tokens: int, draw: random.Random) -> Any:
-    """A prompt that nothing has seen, of one of the kinds of `TEXTS`."""
-    number = draw.randrange(10**6)
+def prompt_for(text: str, pipe: ov_phi3.Pipeline, tokens: int, rng: random.Random) -> Any:
+    """A fresh prompt of one of the kinds of `TEXTS`."""
+    number = rng.randrange(10**6)
     if text == "questions":
-        return f"Question {number}. {draw.choice(QUESTIONS)}"
+        return f"Question {number}. {rng.choice(QUESTIONS)}"
     if text == "copying":
         sentences = TEXT.read_text(encoding="utf-8").replace("\n", " ").split(". ")
-        start = draw.randrange(len(sentences) - 6)
-        part = ". ".join(sentences[start : start + 6])
-        return f"{number}. Repeat this text word for word:\n\n{part}"
-    return ov_phi3.random_prompt(pipe, tokens, draw)
+        start = rng.randrange(len(sentences) - 6)
+        passage = ". ".join(sentences[start : start + 6])
+        return f"{number}. Repeat this text word for word:\n\n{passage}"
+    return ov_phi3.random_prompt(pipe, tokens, rng)
 
 
 TEXTS = {"random": "", "questions": ", plain questions", "copying": ", text that repeats its prompt"}
@@ -128,7 +128,7 @@ TEXTS = {"random": "", "questions": ", plain questions", "copying": ", text that
 
 @dataclass
 class Outcome:
-    """What a setting did, as ratios over the defaults, one per pair; `text` is one of `TEXTS`."""
+    """The ratios of a setting to the defaults, one per pair; `text` is one of `TEXTS`."""
 
     lever: Lever
     text: str = "random"
@@ -139,7 +139,7 @@ class Outcome:
     failed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values."""
+        """All fields as JSON-ready values."""
         return {
             "group": self.lever.group,
             "setting": self.lever.name,
@@ -153,52 +153,52 @@ class Outcome:
 
 
 def pair(base: ov_phi3.Pipeline, other: ov_phi3.Pipeline, outcome: Outcome, options: argparse.Namespace) -> None:
-    """Both take turns with the same prompts, in an order that is drawn."""
-    # Prompts of this setting alone: the defaults would find those of another one in their cache.
-    draw = random.Random(f"{options.seed} {outcome.lever.name} {outcome.text}")
+    """Generate replies to the same prompts with both pipelines, alternating in random order."""
+    # The prompts differ per setting: the defaults would reuse cached prompts of another setting.
+    rng = random.Random(f"{options.seed} {outcome.lever.name} {outcome.text}")
     for number in range(-1, options.repeat):
-        prompt = prompt_for(outcome.text, base, options.prompt_tokens, draw)
-        found = {}
-        for pipe in draw.sample([base, other], 2):
-            found[pipe] = pipe.generate(
+        prompt = prompt_for(outcome.text, base, options.prompt_tokens, rng)
+        results = {}
+        for pipe in rng.sample([base, other], 2):
+            results[pipe] = pipe.generate(
                 prompt, max_new_tokens=options.new_tokens, ignore_eos=True, do_sample=False, repetition_penalty=1.0
             )
         if number < 0:
             continue
-        mine, theirs = found[other].metrics, found[base].metrics
-        outcome.ttft.append((mine.ttft_ms or math.nan) / (theirs.ttft_ms or math.nan))
-        outcome.tpot.append((mine.tpot_ms or math.nan) / (theirs.tpot_ms or math.nan))
-        outcome.equal += found[other].token_ids == found[base].token_ids
+        metrics, default = results[other].metrics, results[base].metrics
+        outcome.ttft.append((metrics.ttft_ms or math.nan) / (default.ttft_ms or math.nan))
+        outcome.tpot.append((metrics.tpot_ms or math.nan) / (default.tpot_ms or math.nan))
+        outcome.equal += results[other].token_ids == results[base].token_ids
 
 
 def perplexity(model: Path, device: str, ids: list[int], properties: dict[str, Any]) -> float:
-    """Perplexity of a text, all of it after its first token.
+    """Perplexity of a text after its first token.
 
-    The text goes through in pieces of 32 tokens, so that most of its attention reads the KV cache as it is stored: in
-    8 bits where nothing else is said, as `llm_pipeline` has it on a CPU.
+    The text is prefilled in chunks of 32 tokens, so that most of the attention reads the stored KV cache: with 8 bits
+    on a CPU unless `properties` say otherwise, as `llm_pipeline` has it.
     """
-    taken = {k: v for k, v in properties.items() if k not in ("prompt_lookup", "ATTENTION_BACKEND")}
-    if device.upper().startswith("CPU") and not any(key.endswith("CACHE_PRECISION") for key in taken):
-        taken["KV_CACHE_PRECISION"] = "u8"
-    with ov_phi3.load(model, device, backend="infer_request", ov_config=taken, prefill_chunk=32) as pipe:
+    config = {k: v for k, v in properties.items() if k not in ("prompt_lookup", "ATTENTION_BACKEND")}
+    if device.upper().startswith("CPU") and not any(key.endswith("CACHE_PRECISION") for key in config):
+        config["KV_CACHE_PRECISION"] = "u8"
+    with ov_phi3.load(model, device, backend="infer_request", ov_config=config, prefill_chunk=32) as pipe:
         return pipe.score(ids[:1], ids[1:]).perplexity
 
 
 START = """
 import json, sys, time
-begun = time.perf_counter()
+started = time.perf_counter()
 import ov_phi3
 pipe = ov_phi3.load(sys.argv[1], sys.argv[2], ov_config=json.loads(sys.argv[3]))
 loaded = time.perf_counter()
 pipe.generate("Hi", max_new_tokens=1, ignore_eos=True, do_sample=False)
 first = time.perf_counter()
-print(json.dumps({"load_ms": (loaded - begun) * 1e3, "first_ms": (first - loaded) * 1e3,
+print(json.dumps({"load_ms": (loaded - started) * 1e3, "first_ms": (first - loaded) * 1e3,
                   "cache": pipe.load_report.cache}))
 """
 
 
 def starts(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Import and load, and the first token after it, in processes of their own, in turns."""
+    """Time import and load, and the first token after it, in separate processes that alternate."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cached = {"CACHE_DIR": folder}
         kinds: dict[str, dict[str, Any]] = {
@@ -208,15 +208,15 @@ def starts(options: argparse.Namespace) -> list[dict[str, Any]]:
             "ATTENTION_BACKEND=SDPA": {"ATTENTION_BACKEND": "SDPA"},
             "ATTENTION_BACKEND=SDPA, CACHE_DIR, from the second start on": {**cached, "ATTENTION_BACKEND": "SDPA"},
         }
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
         for number in range(options.starts + 1):
             for name, properties in kinds.items():
                 progress(f"start {number} of {options.starts}: {name}")
                 command = [sys.executable, "-c", START, str(options.model), options.device, json.dumps(properties)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode == 0 and number:
-                    found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return [{"setting": name, "samples": samples} for name, samples in found.items()]
+                    samples[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return [{"setting": name, "samples": rows} for name, rows in samples.items()]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -226,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="threads, kv, recipe, lookup, start, ...")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER", help="another export of MODEL")
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
-    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a smaller model that speaks the same tokens")
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a smaller model with the same tokenizer")
     parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=8, metavar="N", help="pairs per setting (default: %(default)s)")
@@ -234,23 +234,23 @@ def parse_arguments() -> argparse.Namespace:
         "--perplexity",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="of the fixed text, where the arithmetic changes; says nothing of random weights (default: yes)",
+        help="of the fixed text, for settings that change the arithmetic; not for random weights (default: yes)",
     )
     parser.add_argument("--starts", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     return parser.parse_args()
 
 
-def measured(options: argparse.Namespace, others: dict[str, Path]) -> list[Outcome]:
-    """All settings, one after the other."""
+def measure(options: argparse.Namespace, others: dict[str, Path]) -> list[Outcome]:
+    """Measure all settings, one after the other."""
     outcomes = []
     common = {"device": options.device, "context_length": options.context_length}
     with ov_phi3.load(options.model, **common) as base:
         ids = base.tokenizer.encode(TEXT.read_text(encoding="utf-8")).tolist()
-        given = dict(base.load_report.ov_config)
+        defaults = dict(base.load_report.ov_config)
         reference = Outcome(Lever("none", "the defaults"))
         if options.perplexity:
-            reference.perplexity = perplexity(options.model, options.device, ids, given)
+            reference.perplexity = perplexity(options.model, options.device, ids, defaults)
         outcomes.append(reference)
         for lever in levers(base.device.kind, ov_phi3.Machine.here().logical_cpus, list(others), options.draft):
             if options.only and lever.group not in options.only:
@@ -264,34 +264,34 @@ def measured(options: argparse.Namespace, others: dict[str, Path]) -> list[Outco
                     with ov_phi3.load(model, **common, **lever.load, ov_config=lever.properties(options)) as other:
                         pair(base, other, outcome, options)
                     if lever.numeric and options.perplexity:
-                        outcome.perplexity = perplexity(model, options.device, ids, {**given, **lever.ov_config})
+                        outcome.perplexity = perplexity(model, options.device, ids, {**defaults, **lever.ov_config})
                 except (ov_phi3.Error, RuntimeError) as error:
                     outcome.failed = " ".join(str(error).split())[:200]
     return outcomes
 
 
-def text(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
-    """Tables of what came out."""
+def tables(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
+    """The results as tables."""
     rows = [("setting", "TTFT ratio", "quartiles", "TPOT ratio", "quartiles", "equal ids", "perplexity")]
-    for out in outcomes:
-        name = out.lever.name + TEXTS[out.text]
-        if out.failed:
-            rows.append((name, "-", "", "-", "", "", f"failed: {out.failed}"))
+    for outcome in outcomes:
+        name = outcome.lever.name + TEXTS[outcome.text]
+        if outcome.failed:
+            rows.append((name, "-", "", "-", "", "", f"failed: {outcome.failed}"))
             continue
         cells = []
-        for values in (out.ttft, out.tpot):
-            found = ov_phi3.Summary.of(values)
-            cells += [f"{found.p50:.3f}", f"{found.p25:.3f} to {found.p75:.3f}"] if found else ["-", ""]
-        equal = f"{out.equal} of {len(out.ttft)}" if out.ttft else ""
-        quality = "" if out.perplexity is None else f"{out.perplexity:.4f}"
+        for values in (outcome.ttft, outcome.tpot):
+            ratio = ov_phi3.Summary.of(values)
+            cells += [f"{ratio.p50:.3f}", f"{ratio.p25:.3f} to {ratio.p75:.3f}"] if ratio else ["-", ""]
+        equal = f"{outcome.equal} of {len(outcome.ttft)}" if outcome.ttft else ""
+        quality = "" if outcome.perplexity is None else f"{outcome.perplexity:.4f}"
         rows.append((name, cells[0], cells[1], cells[2], cells[3], equal, quality))
     parts = []
     if outcomes:
         parts.append(
-            f"{table(rows)}\nMedian of the ratios over the defaults, pair by pair; below 1 the setting is faster."
+            f"{table(rows)}\nMedian of the ratios to the defaults, pair by pair; below 1 the setting is faster."
         )
     if started:
-        lines = [("start in a process of its own", "load ms", "first token ms", "compile cache")]
+        lines = [("start in a new process", "load ms", "first token ms", "compile cache")]
         for row in started:
             load, first = (ov_phi3.Summary.of(s[key] for s in row["samples"]) for key in ("load_ms", "first_ms"))
             if load and first:
@@ -302,10 +302,10 @@ def text(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print tables, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    begun = time.perf_counter()
+    began = time.perf_counter()
     try:
         others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
         if problem := refusal(options, needs_model=False):
@@ -314,21 +314,21 @@ def main() -> int:
         if options.model is None:
             options.model = demo_model("int4")
             others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
-        outcomes = [] if options.only == ["start"] else measured(options, others)
+        outcomes = [] if options.only == ["start"] else measure(options, others)
         started = starts(options) if not options.only or "start" in options.only else []
     except (ov_phi3.Error, BootstrapError) as error:
         print(f"levers.py: {error}", file=sys.stderr)
         return 1
     finally:
         progress("")
-    print(f"{ov_phi3.Machine.here()}\n{options.model}\n\n{text(outcomes, started)}")
+    print(f"{ov_phi3.Machine.here()}\n{options.model}\n\n{tables(outcomes, started)}")
     if options.json:
         report = {
             "machine": ov_phi3.Machine.here().to_dict(),
             "model": str(options.model),
             "settings": [outcome.to_dict() for outcome in outcomes],
             "starts": started,
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - began,
         }
         write_json(options.json, report)
     return 0

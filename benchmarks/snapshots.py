@@ -1,18 +1,17 @@
-"""What a saved KV cache saves, and what the backend that has it costs.
+"""The time that saved KV caches save, and the cost of the backend that supports them.
 
     python benchmarks/snapshots.py [MODEL] [--device CPU] [--tokens 512] [--json FILE] [--check]
 
-*Saved prefixes*: a prompt of `--tokens` tokens is prefilled, its keys and values are saved, and each round loads the
-file and goes on from it by one token, a different one each time. What loading is held against is the time to first
-token of fresh prompts of the same length, in the same run. The first rounds of a process are slower than the later
-ones, as memory for the sequence is new to it: the very first one is told apart ("cold"), and the next ones are thrown
-away.
+*Saved prefixes*: the script prefills a prompt of `--tokens` tokens and saves its KV cache. Each round loads the file
+and generates one token after it, with a different next token each time. Loading is compared with the time to first
+token of fresh prompts of the same length, in the same run. The first rounds of a process are slower, as memory for the
+sequence is allocated: the first one is reported separately ("cold"), and the following warm-up rounds are discarded.
 
-*The backend*: per-token latency of `backend="infer_request"` over `llm_pipeline`, side by side with prompts of 32
-tokens that nothing has seen, in turns; and the peak memory of both, each in a process of its own.
+*The backend*: per-token latency of `backend="infer_request"` divided by that of `llm_pipeline`, side by side with fresh
+prompts of 32 tokens, alternating; and the peak memory of both, each in a separate process.
 
-Without MODEL the demo model is made. `--check` makes the exit code 1 when a goal is missed. What came out is in
-docs/kv-snapshots.md.
+Without MODEL the demo model is made. With `--check` the exit code is 1 if a goal is missed. docs/kv-snapshots.md has
+the results.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ MEMORY = (256, 64, 2)  # prompt tokens, new tokens, replies
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of this run and the most that it should be; None where there is no goal for such a model."""
+    """A figure of this run and its upper limit; `most` is None if there is no goal for a model of this size."""
 
     name: str
     value: float
@@ -57,110 +56,110 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether it is no more than that."""
+        """Whether the figure is within the limit."""
         return self.most is None or self.value <= self.most
 
     def row(self) -> tuple[str, str, str, str]:
-        """For a table."""
-        said = "" if self.most is None else "met" if self.met else "MISSED"
-        return self.name, self._text(self.value), "-" if self.most is None else self._text(self.most), said
+        """A row of the table of goals."""
+        verdict = "" if self.most is None else "met" if self.met else "MISSED"
+        return self.name, self._text(self.value), "-" if self.most is None else self._text(self.most), verdict
 
     def _text(self, value: float) -> str:
         return f"1/{1 / value:.0f}" if "prefilling" in self.name else f"{value:.3f}"
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function gives, and its milliseconds."""
-    begun = time.perf_counter()
-    found = work()
-    return found, (time.perf_counter() - begun) * 1000.0
+    """The result of a function, and its duration in milliseconds."""
+    started = time.perf_counter()
+    result = work()
+    return result, (time.perf_counter() - started) * 1000.0
 
 
 def saved_prefixes(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prefill, save, load and go on; every sample, in milliseconds."""
-    draw = random.Random(options.seed)
+    """Prefill, save, load and continue; return all samples, in milliseconds."""
+    rng = random.Random(options.seed)
     path = folder / "prefix.kv"
     with ov_phi3.load(options.model, device=options.device, backend="infer_request") as pipe:
         pipe.warmup()
         progress("prefilling ...")
         prefill = []
         for number in range(-1, options.repeat):
-            ids = ov_phi3.random_prompt(pipe, options.tokens, draw)
-            spent = pipe.generate(ids, max_new_tokens=1, **GREEDY).metrics.ttft_ms
+            ids = ov_phi3.random_prompt(pipe, options.tokens, rng)
+            ttft_ms = pipe.generate(ids, max_new_tokens=1, **GREEDY).metrics.ttft_ms
             if number >= 0:
-                prefill.append(spent or math.nan)
-        ids = ov_phi3.random_prompt(pipe, options.tokens, draw)
-        made, building = timed(lambda: pipe.prefill(ids))
-        size, saving = timed(functools.partial(made.save, path))
-        wanted = pipe.generate([5, 6, 7], prefix=made, max_new_tokens=16, **GREEDY).token_ids
-        facts = {"dtype": made.dtype, "exact": made.exact}
-        del made
+                prefill.append(ttft_ms or math.nan)
+        ids = ov_phi3.random_prompt(pipe, options.tokens, rng)
+        prefix, prefill_and_read_ms = timed(lambda: pipe.prefill(ids))
+        size, save_ms = timed(functools.partial(prefix.save, path))
+        expected = pipe.generate([5, 6, 7], prefix=prefix, max_new_tokens=16, **GREEDY).token_ids
+        facts = {"dtype": prefix.dtype, "exact": prefix.exact}
+        del prefix
         rounds = []
         equal = True
         for number in range(1 + options.warmup + options.repeat):
             progress(f"loading, round {number + 1} ...")
-            begun = time.perf_counter()
-            prefix, loading = timed(lambda: pipe.load_prefix(path))
+            started = time.perf_counter()
+            prefix, load_ms = timed(lambda: pipe.load_prefix(path))
             pipe.generate([100 + number], prefix=prefix, max_new_tokens=1, **GREEDY)
-            rounds.append((loading, (time.perf_counter() - begun) * 1000.0))
-            found = pipe.generate([5, 6, 7], prefix=prefix, max_new_tokens=16, **GREEDY).token_ids
-            equal = equal and found == wanted
+            rounds.append((load_ms, (time.perf_counter() - started) * 1000.0))
+            ids_after_load = pipe.generate([5, 6, 7], prefix=prefix, max_new_tokens=16, **GREEDY).token_ids
+            equal = equal and ids_after_load == expected
             del prefix
-        switching = switched(pipe, draw, options)
-        float16 = options.tokens * pipe.info.kv_bytes_per_token
-    kept = rounds[1 + options.warmup :]
+        switching = switch_prefixes(pipe, rng, options)
+        float16_bytes = options.tokens * pipe.info.kv_bytes_per_token
+    measured = rounds[1 + options.warmup :]
     return {
         "tokens": options.tokens,
         **facts,
         "file_bytes": size,
-        "float16_bytes": float16,
+        "float16_bytes": float16_bytes,
         "equal_ids": equal,
         "prefill_ms": prefill,
-        "prefill_and_read_ms": building,
-        "save_ms": saving,
+        "prefill_and_read_ms": prefill_and_read_ms,
+        "save_ms": save_ms,
         "cold_load_ms": rounds[0][0],
         "cold_next_token_ms": rounds[0][1],
-        "load_ms": [load for load, _ in kept],
-        "load_and_next_token_ms": [total for _, total in kept],
+        "load_ms": [load for load, _ in measured],
+        "load_and_next_token_ms": [total for _, total in measured],
         "switch_and_next_token_ms": switching,
     }
 
 
-def switched(pipe: ov_phi3.Pipeline, draw: random.Random, options: argparse.Namespace) -> list[float]:
-    """Milliseconds to a next token from two prefixes in memory, in turns."""
-    ids = [ov_phi3.random_prompt(pipe, options.tokens, draw) for _ in range(2)]
-    held = [pipe.prefill(prompt) for prompt in ids]
-    spent = []
+def switch_prefixes(pipe: ov_phi3.Pipeline, rng: random.Random, options: argparse.Namespace) -> list[float]:
+    """Milliseconds to the next token of two prefixes in memory, alternating."""
+    ids = [ov_phi3.random_prompt(pipe, options.tokens, rng) for _ in range(2)]
+    prefixes = [pipe.prefill(prompt) for prompt in ids]
+    samples = []
     for number in range(2 * (options.warmup + options.repeat)):
         progress(f"switching, round {number + 1} ...")
-        prefix = held[number % 2]
-        spent.append(
+        prefix = prefixes[number % 2]
+        samples.append(
             timed(lambda p=prefix, n=number: pipe.generate([200 + n], prefix=p, max_new_tokens=1, **GREEDY))[1]
         )
-    return spent[2 * options.warmup :]
+    return samples[2 * options.warmup :]
 
 
 def per_token(options: argparse.Namespace) -> list[dict[str, float]]:
-    """TPOT of both backends, in milliseconds, one pair for each prompt."""
-    draw = random.Random(options.seed + 1)
+    """TPOT of both backends, milliseconds, one pair per prompt."""
+    rng = random.Random(options.seed + 1)
     with (
-        ov_phi3.load(options.model, device=options.device) as theirs,
-        ov_phi3.load(options.model, device=options.device, backend="infer_request") as mine,
+        ov_phi3.load(options.model, device=options.device) as default,
+        ov_phi3.load(options.model, device=options.device, backend="infer_request") as own_loop,
     ):
-        pipes = dict(zip(BACKENDS, (theirs, mine), strict=True))
+        pipes = dict(zip(BACKENDS, (default, own_loop), strict=True))
         pairs = []
         for number in range(-1, options.pairs):
             progress(f"per-token latency, pair {number + 1} ...")
-            prompt = ov_phi3.random_prompt(mine, 32, draw)
-            names = draw.sample(BACKENDS, 2)
-            found = {name: pipes[name].generate(prompt, max_new_tokens=48, **GREEDY).metrics.tpot_ms for name in names}
+            prompt = ov_phi3.random_prompt(own_loop, 32, rng)
+            names = rng.sample(BACKENDS, 2)
+            tpot = {name: pipes[name].generate(prompt, max_new_tokens=48, **GREEDY).metrics.tpot_ms for name in names}
             if number >= 0:
-                pairs.append({name: found[name] or math.nan for name in BACKENDS})
+                pairs.append({name: tpot[name] or math.nan for name in BACKENDS})
     return pairs
 
 
 def peak_memory(options: argparse.Namespace) -> dict[str, int]:
-    """Peak resident memory in bytes of a process with each backend; nothing where the system does not tell."""
+    """Peak resident memory, in bytes, of a process with each backend; empty where the system does not report it."""
     peaks = {}
     for backend in BACKENDS:
         progress(f"peak memory of {backend} ...")
@@ -172,26 +171,26 @@ def peak_memory(options: argparse.Namespace) -> dict[str, int]:
 
 
 def own_peak(options: argparse.Namespace) -> int:
-    """Load one backend, use it, and give this process's peak of memory; 0 where that is not known."""
+    """Load one backend, use it, and return the peak memory of this process; 0 where it is unknown."""
     prompt, new, replies = MEMORY
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
     with ov_phi3.load(options.model, device=options.device, backend=options.memory_of) as pipe:
         for _ in range(replies):
-            pipe.generate(ov_phi3.random_prompt(pipe, prompt, draw), max_new_tokens=new, **GREEDY)
+            pipe.generate(ov_phi3.random_prompt(pipe, prompt, rng), max_new_tokens=new, **GREEDY)
         return peak_memory_bytes() or 0
 
 
-def goals(report: dict[str, Any]) -> list[Goal]:
-    """What this run shows, against what it should."""
-    found = []
-    large = report["weight_bytes"] > 2**30  # a small model prefills in no time: there is little to save
+def find_goals(report: dict[str, Any]) -> list[Goal]:
+    """The figures of this run with their goals."""
+    goals = []
+    large = report["weight_bytes"] > 2**30  # a small model prefills so fast that there is little to save
     if prefix := report.get("prefix"):
         prefill = statistics.median(prefix["prefill_ms"])
         load, following = (statistics.median(prefix[key]) for key in ("load_ms", "load_and_next_token_ms"))
-        found += [
+        goals += [
             Goal("loading / prefilling", load / prefill, 1 / 50 if large else None),
             Goal("loading and the next token / prefilling", following / prefill, 1 / 25 if large else None),
-            # The ids (8 bytes each) and the header are not keys and values.
+            # The file also holds the ids (8 bytes each) and a header.
             Goal(
                 "file / float16 cache",
                 prefix["file_bytes"] / (prefix["float16_bytes"] + 8 * prefix["tokens"] + 32_768),
@@ -200,14 +199,14 @@ def goals(report: dict[str, Any]) -> list[Goal]:
         ]
     if pairs := report.get("per_token_ms"):
         ratios = [pair["infer_request"] / pair["llm_pipeline"] for pair in pairs]
-        found.append(Goal("TPOT / llm_pipeline's", statistics.median(ratios), 1.02 if large else 1.05))
+        goals.append(Goal("TPOT / llm_pipeline's", statistics.median(ratios), 1.02 if large else 1.05))
     if len(peaks := report.get("peak_bytes", {})) == 2:
-        found.append(Goal("peak memory / llm_pipeline's", peaks["infer_request"] / peaks["llm_pipeline"], 1.1))
-    return found
+        goals.append(Goal("peak memory / llm_pipeline's", peaks["infer_request"] / peaks["llm_pipeline"], 1.1))
+    return goals
 
 
-def shown(report: dict[str, Any]) -> str:
-    """The report for a person."""
+def report_text(report: dict[str, Any]) -> str:
+    """The report as text."""
     lines = []
     if prefix := report.get("prefix"):
         rows = [("", "median", "lowest", "highest")]
@@ -226,36 +225,40 @@ def shown(report: dict[str, Any]) -> str:
             f"ids after loading {'equal' if prefix['equal_ids'] else 'DIFFER from'} those before saving",
             "",
         ]
-    return "\n".join([*lines, table([("", "here", "goal", ""), *(goal.row() for goal in goals(report))])])
+    return "\n".join([*lines, table([("", "here", "goal", ""), *(goal.row() for goal in find_goals(report))])])
 
 
 def spread(samples: Sequence[float]) -> tuple[str, str, str]:
-    """Median, least and most, as text."""
+    """Median, minimum and maximum, as text."""
     return tuple(f"{value:.0f} ms" for value in (statistics.median(samples), min(samples), max(samples)))  # type: ignore[return-value]
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, device="CPU")
-    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="of the prefix (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds that count (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=6, metavar="N", help="rounds before (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=8, metavar="N", help="of per-token latency (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="length of the prefix (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measured rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=6, metavar="N", help="warm-up rounds (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=8, metavar="N", help="pairs for per-token latency (default: %(default)s)"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=["prefix", "tokens", "memory"], default=["prefix", "tokens", "memory"]
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="exit code 1 when a goal is missed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     parser.add_argument("--memory-of", choices=BACKENDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measure, print, write the JSON."""
-    options = arguments()
-    if why := refusal(options, needs_model=False):
-        print(f"error: {why}", file=sys.stderr)
+    """Measure, print the report, write the JSON."""
+    options = parse_arguments()
+    if problem := refusal(options, needs_model=False):
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
         if options.memory_of:
@@ -276,11 +279,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     progress("")
-    report["goals"] = {goal.name: [goal.value, goal.most] for goal in goals(report)}
-    print(f"{ov_phi3.Machine.here()}\n{options.model.name} on {options.device}\n\n{shown(report)}")
+    report["goals"] = {goal.name: [goal.value, goal.most] for goal in find_goals(report)}
+    print(f"{ov_phi3.Machine.here()}\n{options.model.name} on {options.device}\n\n{report_text(report)}")
     if options.json:
         write_json(options.json, report)
-    missed = not all(goal.met for goal in goals(report)) or not report.get("prefix", {}).get("equal_ids", True)
+    missed = not all(goal.met for goal in find_goals(report)) or not report.get("prefix", {}).get("equal_ids", True)
     return int(options.check and missed)
 
 

@@ -1,4 +1,4 @@
-"""Raw `openvino_genai.LLMPipeline`: `generate` with a streamer that does nothing but take the time."""
+"""Raw `openvino_genai.LLMPipeline`: `generate` with a streamer that only records times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from protocol import Stamp, serve
 
 
 class GenAI:
-    """What the library is built on, without it."""
+    """OpenVINO GenAI, on which this library is built."""
 
     modules = ("openvino", "openvino_genai")
     packages = ("openvino", "openvino-genai")

@@ -9,13 +9,13 @@ from protocol import Stamp, serve
 
 
 class LlamaCpp:
-    """A GGUF file on the CPU. It finds the longest common prefix with the request before by itself."""
+    """A GGUF file on the CPU. llama.cpp reuses the longest common prefix with the previous request by itself."""
 
     modules = ("llama_cpp",)
     packages = ("llama-cpp-python",)
 
     def load(self, options: dict[str, Any]) -> None:
-        """Load with a window for the longest request."""
+        """Load with a context window for the longest request."""
         import llama_cpp
 
         self.model = llama_cpp.Llama(

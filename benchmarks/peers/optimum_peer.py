@@ -27,7 +27,7 @@ class Optimum:
         )
 
     def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
-        """One call of `generate`, with a streamer that takes the time."""
+        """One call of `generate`, with a streamer that records times."""
         import torch
         from transformers.generation.streamers import BaseStreamer
 

@@ -1,4 +1,4 @@
-"""onnxruntime-genai on the CPU. Its generator is kept as long as a request goes on from the one before."""
+"""onnxruntime-genai on the CPU. The generator is reused while requests extend the previous one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from protocol import Stamp, serve
 
 
 class OrtGenAI:
-    """A model made by its own builder."""
+    """A model made by the builder of onnxruntime-genai."""
 
     modules = ("onnxruntime_genai",)
     packages = ("onnxruntime-genai", "onnxruntime")
@@ -27,14 +27,14 @@ class OrtGenAI:
         self.generator: Any = None
 
     def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
-        """Append what is new, then one token after another."""
+        """Append the new tokens, then generate one token at a time."""
         import onnxruntime_genai
 
         known = len(self.sequence)
         if self.generator is None or not known or ids[:known] != self.sequence:
             self.generator, known = None, 0  # frees the old cache first
             params = onnxruntime_genai.GeneratorParams(self.model)
-            # min_length keeps end tokens from ending it.
+            # min_length prevents end tokens from ending the reply.
             params.set_search_options(max_length=self.window, min_length=self.window, do_sample=False)
             self.generator = onnxruntime_genai.Generator(self.model, params)
         self.generator.append_tokens(ids[known:])

@@ -1,4 +1,4 @@
-"""`ov_phi3`, read as a user reads it: a for loop over the stream, in the consumer's thread."""
+"""`ov_phi3` as a user calls it: a for loop over the stream, in the consumer's thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class OvPhi3:
     packages = ("ov-phi3", "openvino", "openvino-genai")
 
     def load(self, options: dict[str, Any]) -> None:
-        """Load with the library's own defaults, and the number of threads."""
+        """Load with the library's defaults and the given number of threads."""
         import ov_phi3
 
         threads = {"INFERENCE_NUM_THREADS": str(options["threads"])} if options["device"] == "CPU" else None

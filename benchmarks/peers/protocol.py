@@ -1,7 +1,7 @@
-"""How `compare.py` talks to a runtime under test: lines of JSON, to a process in an environment of its own.
+"""The protocol between `compare.py` and a peer: JSON lines to a process in an environment of its own.
 
-Standard library only, since every peer's environment is another. A peer loads a model and generates; the asking, the
-stamps and the conversation are the same code for all of them.
+Standard library only, since every peer has a different environment. A peer loads a model and generates; requests, time
+stamps and conversations are the same code for all peers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, Protocol
 __all__ = ["Peer", "Stamp", "serve"]
 
 Stamp = Callable[[Sequence[int]], None]
-"""To be called with each step's new ids as soon as the caller of the peer's own API has them."""
+"""Called with the new ids of each step as soon as the caller of the peer's own API has them."""
 
 
 class Peer(Protocol):
     """One runtime.
 
     Attributes:
-        modules: what its user imports.
-        packages: the distributions whose versions are told.
+        modules: the modules that a user imports.
+        packages: the distributions whose versions are reported.
     """
 
     modules: Sequence[str]
@@ -36,19 +36,19 @@ class Peer(Protocol):
         """Load the model at `options["model"]` on `options["device"]` with `options["threads"]` threads."""
 
     def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
-        """Greedy, exactly `new_tokens` ids, end tokens or not."""
+        """Generate exactly `new_tokens` ids greedily, and ignore end tokens."""
 
 
 class _Clock:
-    """Takes the time of every id, from when the request is made."""
+    """Time stamps of all ids, milliseconds since the request."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.times: list[float] = []
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def __call__(self, ids: Sequence[int]) -> None:
-        now = (time.perf_counter() - self._begun) * 1000.0
+        now = (time.perf_counter() - self._started) * 1000.0
         self.ids += [int(i) for i in ids]
         self.times += [now] * len(ids)
 
@@ -58,13 +58,13 @@ class _Clock:
 
 def serve(peer: Peer) -> None:
     """Answer requests on standard input until it ends."""
-    # What native libraries print on standard output must not come between our lines.
+    # Native libraries print to standard output; keep that apart from our lines.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
             answer = _answer(peer, json.loads(line))
-        except Exception as error:  # noqa: BLE001 - whatever a peer's library raises is told, not lost
+        except Exception as error:  # noqa: BLE001 - report any exception of the peer's library
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()
@@ -84,14 +84,14 @@ def _answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(peer: Peer, options: dict[str, Any]) -> dict[str, Any]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for name in peer.modules:
         importlib.import_module(name)
     imported = time.perf_counter()
     peer.load(options)
     loaded = time.perf_counter()
     return {
-        "import_ms": (imported - begun) * 1000.0,
+        "import_ms": (imported - started) * 1000.0,
         "load_ms": (loaded - imported) * 1000.0,
         "versions": {name: metadata.version(name) for name in peer.packages},
     }
@@ -104,19 +104,19 @@ def _reply(peer: Peer, ids: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def _chat(peer: Peer, turns: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
-    """A conversation by ids: each turn's prompt is all ids so far, replies as they were generated, and its own."""
+    """Run a conversation by ids: the prompt of a turn is all ids so far, generated replies included, and its own."""
     ids: list[int] = []
-    found = []
+    replies = []
     for turn in turns:
         ids += turn
         reply = _reply(peer, list(ids), new_tokens)
-        found.append(reply)
+        replies.append(reply)
         ids += reply["ids"]
-    return found
+    return replies
 
 
 def _peak_bytes() -> int | None:
-    """The most memory this process has had; None where the system does not tell."""
+    """Peak resident memory of this process; None where the system does not report it."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

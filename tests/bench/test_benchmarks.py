@@ -213,7 +213,7 @@ def test_levers_hold_a_setting_against_the_defaults(demo_int4: Path, device: str
     done = run("levers.py", demo_int4, "--device", device, *arguments, "--json", target)
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text(encoding="utf-8"))["settings"]
-    assert [f["setting"] for f in found][:2] == ["the defaults", "the defaults again (what noise looks like)"]
+    assert [f["setting"] for f in found][:2] == ["the defaults", "the defaults again (noise level)"]
     same = next(f for f in found if f["group"] == "none" and f["tpot_over_default"])
     assert same["replies_with_equal_ids"] == 1
     assert all(1 < f["perplexity"] < 100 for f in found if f["perplexity"] is not None)
