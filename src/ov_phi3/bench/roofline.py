@@ -10,14 +10,12 @@ The limit holds for one token per step. Prompt lookup and draft models yield sev
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.errors import ModelError
 from ov_phi3.kv.cache import KVLayout
+from ov_phi3.model.ir import IrGraph
 from ov_phi3.system.bandwidth import bandwidth
 
 if TYPE_CHECKING:
@@ -77,42 +75,32 @@ class Roofline:
 def weight_bytes_per_token(xml: Path) -> int:
     """Bytes of constants that one token reads, from a model's `.xml` file.
 
-    All of them but tables in which a token looks up one row: the input embedding, unless the output layer uses the same
-    one.
+    All constants are read whole, except a table that is only looked up in: of the input embedding a token reads one
+    row, unless the output layer uses the same table.
 
     Raises:
         ModelError: the file cannot be read.
     """
-    try:
-        root = ET.parse(xml).getroot()
-    except (OSError, ET.ParseError) as exc:
-        raise ModelError(f"{xml} cannot be read: {exc}.") from exc
-    layers = {layer.get("id", ""): layer for layer in root.iterfind("layers/layer")}
-    readers: dict[str, list[str]] = defaultdict(list)
-    for edge in root.iterfind("edges/edge"):
-        readers[edge.get("from-layer", "")].append(edge.get("to-layer", ""))
-    reads: dict[str, int] = {}  # by place in the file: constants of equal content share one
-    for key, layer in layers.items():
-        data = layer.find("data")
-        if layer.get("type") != "Const" or data is None:
+    graph = IrGraph.read(xml)
+    sizes: dict[int, int] = {}  # by offset in the file: constants with equal content share it
+    for layer in graph.layers("Const"):
+        if (constant := layer.constant) is None:
             continue
-        size, place = int(data.get("size", "0")), data.get("offset", "")
-        if _is_table(key, layers, readers):
-            size //= int((data.get("shape") or "1").split(",")[0])
-        reads[place] = max(size, reads.get(place, 0))
-    return sum(reads.values())
+        rows = constant.shape[0] if constant.shape and _is_table(layer.id, graph) else 1
+        sizes[constant.offset] = max(constant.size // rows, sizes.get(constant.offset, 0))
+    return sum(sizes.values())
 
 
-def _is_table(key: str, layers: dict[str, ET.Element], readers: dict[str, list[str]]) -> bool:
-    """Whether a constant, decompressed or not, is only ever looked up in."""
-    seen, ends = set(), set()
-    pending = [key]
+def _is_table(constant: str, graph: IrGraph) -> bool:
+    """Whether all readers of a constant, behind its decompression if it has one, look up rows in it."""
+    decompression, readers = set(), set()
+    pending = [constant]
     while pending:
-        for reader in readers[pending.pop()]:
-            kind = layers[reader].get("type", "")
-            if kind in ("Convert", "Subtract", "Multiply", "Reshape") and reader not in seen:
-                seen.add(reader)
-                pending.append(reader)
+        for edge in graph.edges_from(pending.pop()):
+            type_ = graph.layer(edge.reader).type
+            if type_ in ("Convert", "Subtract", "Multiply", "Reshape") and edge.reader not in decompression:
+                decompression.add(edge.reader)
+                pending.append(edge.reader)
             else:
-                ends.add(kind)
-    return ends == {"Gather"}
+                readers.add(type_)
+    return readers == {"Gather"}

@@ -1,4 +1,4 @@
-"""What a model directory holds: read once, checked, and kept as plain values. Needs neither openvino nor numpy."""
+"""Contents of a model directory, read once, checked, and held as plain values. Needs neither openvino nor numpy."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ov_phi3.errors import ModelError
 from ov_phi3.files import expanded
 from ov_phi3.model.config import JsonFile, Phi3Config, read_json
-from ov_phi3.model.files import Ir, check_directory, check_files, fingerprint
+from ov_phi3.model.files import check_directory, check_files, fingerprint
+from ov_phi3.model.ir import IrSummary
 from ov_phi3.model.tokens import AddedToken, TokenizerFiles, end_token_ids, family_of
 
 __all__ = ["MANIFEST", "AddedToken", "ModelInfo"]
 
 MANIFEST = "ov_phi3.json"
-"""The file in which `ov_phi3.export` notes how a model was made."""
+"""The file in which `ov_phi3.export` records how a model was exported."""
 
 _NOT_OPTIONS = ("_from_model_config", "transformers_version")
 _EXPORTER_KEYS = {
@@ -34,43 +35,45 @@ _EXPORTER_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model directory that is complete, and what its files say.
+    """Properties of a complete, exported model, as its files give them.
 
     Attributes:
         path: the directory, absolute.
         model_type: `model_type` of `config.json`, always "phi3".
-        family: "phi-3", "phi-3-april-2024" (no system turn), "phi-3.5", "phi-4-mini", "phi-4", or "phi3-compatible":
-            the architecture with a vocabulary of its own.
+        family: "phi-3", "phi-3-april-2024" (no system message), "phi-3.5", "phi-4-mini", "phi-4", or
+            "phi3-compatible": the same architecture with another vocabulary.
         context_length: tokens that prompt and reply share (`max_position_embeddings`).
-        original_context_length: tokens the model was trained on before RoPE was stretched; equal to `context_length`
-            where it was not.
-        rope_type: "longrope", or None for plain RoPE; another name is `config.json`'s own.
-        rope_boundary: length in tokens up to which LongRoPE uses its short factors, and past which the long ones; keys
-            cached on one side are wrong on the other. None where nothing changes within `context_length`.
+        original_context_length: tokens that the model was trained on before RoPE was extended; equal to
+            `context_length` without an extension.
+        rope_type: "longrope", or None for plain RoPE; any other value is the name in `config.json`.
+        rope_boundary: the LongRoPE boundary: sequences up to this length, in tokens, use the short factors, longer ones
+            the long factors. Keys cached with one set of factors are wrong with the other. None if the factors do not
+            change within `context_length`.
         sliding_window: tokens that each token attends to, or None for all.
-        vocab_size: rows of the output layer; ids are below it.
-        hidden_size: width of the model.
+        vocab_size: rows of the output layer; all ids are below it.
+        hidden_size: width of the hidden state.
         num_layers: decoder layers.
         num_attention_heads: query heads per layer.
         num_kv_heads: key and value heads per layer.
         head_dim: width of a head.
-        partial_rotary_factor: share of a head that is rotated.
+        partial_rotary_factor: fraction of a head that RoPE rotates.
         eos_token_ids: all ids that end a reply, sorted: those of `config.json`, `generation_config.json` and the
-            tokenizer, and the family's own where the tokenizer has them.
+            tokenizer, and those of the family if the tokenizer has them.
         eos_token: text of the tokenizer's end token, or None.
-        bos_token_id: id of the first token of a text, or None.
-        bos_token: its text, or None.
-        pad_token_id: id that fills up batches, or None.
+        bos_token_id: id of the token that starts a text, or None.
+        bos_token: text of that token, or None.
+        pad_token_id: id of the padding token, or None.
         chat_template: Jinja source, or None.
-        added_tokens: tokens found in text before it is split, control tokens among them, by id.
-        generation_defaults: options in `generation_config.json`, under their Hugging Face names.
-        weight_bytes: size of `openvino_model.bin`.
-        quantization: how weights are stored, e.g. "int4_sym, group size 128, ratio 0.6" or "f16".
-        runtime_options: what the exporter put into the model for the runtime, e.g. `KV_CACHE_PRECISION`.
-        exporter_versions: package name to version, as noted in the model; a package that is not there is unknown.
-        manifest: how the model was made (`ov_phi3.json`), or None.
-        fingerprint: hash that tells this model from others; equal for a copy.
-        warnings: sentences about what works, but not as it should.
+        added_tokens: tokens, among them all control tokens, that the tokenizer finds in a text before it splits the
+            rest; sorted by id.
+        generation_defaults: options of `generation_config.json`, by their Hugging Face names.
+        weight_bytes: size of `openvino_model.bin`, in bytes.
+        quantization: format of the weights, such as "int4_sym, group size 128, ratio 0.6" or "f16".
+        runtime_options: options for the runtime that the exporter stored in the model, such as `KV_CACHE_PRECISION`.
+        exporter_versions: version by package name, as stored in the model; unknown packages are left out.
+        manifest: how the model was exported (`ov_phi3.json`), or None.
+        fingerprint: hash of the config, the graph and samples of the weights; copies have the same one.
+        warnings: sentences about properties that limit the model but do not stop it from running.
     """
 
     path: Path
@@ -106,35 +109,23 @@ class ModelInfo:
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike[str]) -> ModelInfo:
-        """Read and check an exported model's directory; takes milliseconds, and loads no weights.
+        """Read and check the directory of an exported model. Takes milliseconds; loads no weights.
 
         Raises:
-            ModelError: the directory is missing, incomplete (all missing files are named), broken, not exported yet, or
-                of another architecture.
+            ModelError: the directory is missing, incomplete (the message names all missing files), damaged, not
+                exported yet, or of another architecture.
             TypeError: `path` is not a path.
         """
-        directory = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 - resolve() would follow symlinks
-        names = check_directory(directory)
-        config = Phi3Config.read(directory / "config.json") if names.get("config.json") else None
-        check_files(directory, names)
-        assert config is not None  # check_files has seen it
-        ir = _read_ir(directory)
-        tokens = TokenizerFiles(directory, names)
-        generation = _optional_json(directory, names, "generation_config.json")
+        files = _Files.read(path)
+        config, tokens, ir = files.config, files.tokens, files.ir
         family = family_of(tokens.added, tokens.chat_template)
         warnings = _Warnings(config)
-        eos = {*end_token_ids(tokens.added, family, tokens.chat_template)}
-        for file in (config.file, generation):
-            eos.update(warnings.in_vocabulary(file, "eos_token_id"))
-        if (eos_token := tokens.id_of(tokens.text("eos_token"))) is not None:
-            eos.add(eos_token)
-        bos = _first(generation, config.file, "bos_token_id", warnings)
-        pad = _first(generation, config.file, "pad_token_id", warnings)
-        exporter = {name: found for name, keys in _EXPORTER_KEYS.items() if (found := ir.info(*keys))}
-        warnings.about_tokens(tokens, eos)
-        warnings.about_longrope(exporter.get("optimum-intel"))
+        special = _special_tokens(files, family, warnings)
+        exporter = {name: version for name, keys in _EXPORTER_KEYS.items() if (version := ir.info(*keys))}
+        warnings.check_tokens(tokens, special.eos)
+        warnings.check_longrope(exporter.get("optimum-intel"))
         return cls(
-            path=directory,
+            path=files.directory,
             model_type=str(config.file.data["model_type"]),
             family=family,
             context_length=config.context_length,
@@ -149,35 +140,35 @@ class ModelInfo:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             partial_rotary_factor=config.partial_rotary_factor,
-            eos_token_ids=tuple(sorted(eos)),
+            eos_token_ids=special.eos,
             eos_token=tokens.text("eos_token"),
-            bos_token_id=tokens.id_of(tokens.text("bos_token")) if bos is None else bos,
+            bos_token_id=special.bos,
             bos_token=tokens.text("bos_token"),
-            pad_token_id=tokens.id_of(tokens.text("pad_token")) if pad is None else pad,
+            pad_token_id=special.pad,
             chat_template=tokens.chat_template,
             added_tokens=tokens.added,
-            generation_defaults={k: v for k, v in generation.data.items() if k not in _NOT_OPTIONS},
+            generation_defaults={k: v for k, v in files.generation.data.items() if k not in _NOT_OPTIONS},
             weight_bytes=ir.weight_bytes,
             quantization=_quantization(ir),
             runtime_options=ir.section("runtime_options"),
             exporter_versions=exporter,
-            manifest=_manifest(directory, names),
-            fingerprint=fingerprint(directory, config.file.path, ir),
-            warnings=tuple(warnings.found),
+            manifest=files.manifest,
+            fingerprint=fingerprint(files.directory, config.file.path, ir),
+            warnings=tuple(warnings.sentences),
         )
 
     load = from_dir
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache per token if it is held as float16, the precision of GPUs and of snapshots."""
+        """Bytes of KV cache per token in float16, the precision of GPUs and of snapshots."""
         return self.kv_bytes_per_token_for(16)
 
     def kv_bytes_per_token_for(self, bits: int) -> int:
-        """Bytes of KV cache per token: a key and a value x layers x KV heads x head width x bits / 8.
+        """Bytes of KV cache per token: 2 (key and value) x layers x KV heads x head width x bits / 8.
 
-        The scales that a quantised cache (8 or 4 bits) keeps beside its values are not counted: they depend on the
-        device.
+        The scales that a quantised cache (8 or 4 bits) stores beside its values are not counted, because they depend
+        on the device.
 
         Raises:
             ValueError: `bits` is not positive.
@@ -187,66 +178,43 @@ class ModelInfo:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bits // 8
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and `kv_bytes_per_token`, as values that `json.dumps` takes."""
+        """All fields, and `kv_bytes_per_token`, as JSON-ready values."""
         values = {**dataclasses.asdict(self), "path": str(self.path)}
         return {**values, "kv_bytes_per_token": self.kv_bytes_per_token}
 
 
-class _Warnings:
-    """Collects what is odd about a model but does not keep it from running."""
+class _Files(NamedTuple):
+    """The files of a model directory, read and checked one by one."""
 
-    def __init__(self, config: Phi3Config) -> None:
-        self.found: list[str] = []
-        self._config = config
+    directory: Path
+    config: Phi3Config
+    ir: IrSummary
+    tokens: TokenizerFiles
+    generation: JsonFile
+    manifest: Mapping[str, Any] | None
 
-    def in_vocabulary(self, file: JsonFile, key: str) -> list[int]:
-        """The token ids under a key, less those that the model cannot produce."""
-        ids = file.token_ids(key)
-        size = self._config.vocab_size
-        outside = [id_ for id_ in ids if not 0 <= id_ < size]
-        if outside and outside != [-1]:  # -1 has long been written for "none"
-            self.found.append(
-                f"{file.path.name}: {key} names {', '.join(map(str, outside))}, outside the vocabulary of "
-                f"{size}; ignored."
-            )
-        return [id_ for id_ in ids if 0 <= id_ < size]
-
-    def about_tokens(self, tokens: TokenizerFiles, eos: set[int]) -> None:
-        if not tokens.known:
-            self.found.append(
-                "No tokenizer.json and no tokenizer_config.json: control tokens are unknown. Copy both from the model "
-                "that this was exported from."
-            )
-        if tokens.chat_template is None:
-            self.found.append("No chat template in the directory; Phi-3's is assumed.")
-        if not eos:
-            self.found.append("No file names an end token: replies end at their length limit only.")
-
-    def about_longrope(self, optimum_intel: str | None) -> None:
-        boundary = self._config.rope_boundary
-        if boundary is None or (optimum_intel is not None and _major(optimum_intel) >= 2):
-            return
-        if optimum_intel is None:
-            self.found.append(
-                f"LongRoPE model, and the file does not say which optimum-intel exported it: before 2.0 the export is "
-                f"wrong past {boundary} tokens. Export again to be sure."
-            )
-        else:
-            self.found.append(
-                f"Exported by optimum-intel {optimum_intel}, whose LongRoPE models (before 2.0) are wrong past "
-                f"{boundary} tokens. Export again with the current version, or keep context_length at or below that."
-            )
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> _Files:
+        directory = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 - resolve() would follow symlinks
+        names = check_directory(directory)
+        # Read first: for another architecture, its name is a better message than a list of missing files.
+        config = Phi3Config.read(directory / "config.json") if names.get("config.json") else None
+        check_files(directory, names)
+        assert config is not None  # check_files has raised otherwise
+        return cls(
+            directory,
+            config,
+            _read_ir(directory),
+            TokenizerFiles(directory, names),
+            _optional_json(directory, names, "generation_config.json"),
+            read_json(directory / MANIFEST).data if MANIFEST in names else None,
+        )
 
 
-def _major(version: str) -> int:
-    number = re.match(r"\d+", version)
-    return int(number[0]) if number else 0
-
-
-def _read_ir(directory: Path) -> Ir:
+def _read_ir(directory: Path) -> IrSummary:
     for stem in ("openvino_tokenizer", "openvino_detokenizer"):
-        Ir.read(directory, stem)
-    ir = Ir.read(directory, "openvino_model")
+        IrSummary.read(directory, stem)
+    ir = IrSummary.read(directory, "openvino_model")
     if not ir.stateful:
         raise ModelError(
             f"{directory / 'openvino_model.xml'} keeps no KV cache in its state. Export again with "
@@ -259,17 +227,83 @@ def _optional_json(directory: Path, names: Mapping[str, int], name: str) -> Json
     return read_json(directory / name) if name in names else JsonFile(directory / name, {})
 
 
-def _manifest(directory: Path, names: Mapping[str, int]) -> Mapping[str, Any] | None:
-    return read_json(directory / MANIFEST).data if MANIFEST in names else None
+class _SpecialTokens(NamedTuple):
+    """Ids of the tokens that end, start and pad a text."""
+
+    eos: tuple[int, ...]
+    bos: int | None
+    pad: int | None
 
 
-def _first(generation: JsonFile, config: JsonFile, key: str, warnings: _Warnings) -> int | None:
-    ids = [*warnings.in_vocabulary(generation, key), *warnings.in_vocabulary(config, key)]
-    return ids[0] if ids else None
+def _special_tokens(files: _Files, family: str, warnings: _Warnings) -> _SpecialTokens:
+    tokens, configs = files.tokens, (files.config.file, files.generation)
+    eos = {*end_token_ids(tokens.added, family, tokens.chat_template)}
+    for file in configs:
+        eos.update(warnings.ids_in_vocabulary(file, "eos_token_id"))
+    if (eos_token := tokens.id_of(tokens.text("eos_token"))) is not None:
+        eos.add(eos_token)
+
+    def first(key: str, token: str) -> int | None:
+        """The id in generation_config.json, else in config.json, else of the tokenizer's token."""
+        ids = [id_ for file in reversed(configs) for id_ in warnings.ids_in_vocabulary(file, key)]
+        return ids[0] if ids else tokens.id_of(tokens.text(token))
+
+    return _SpecialTokens(tuple(sorted(eos)), first("bos_token_id", "bos_token"), first("pad_token_id", "pad_token"))
 
 
-def _quantization(ir: Ir) -> str:
-    """From NNCF's notes in rt_info; without them, the element type that most of the weights have."""
+class _Warnings:
+    """Collects the warnings about a model."""
+
+    def __init__(self, config: Phi3Config) -> None:
+        self.sentences: list[str] = []
+        self._config = config
+
+    def ids_in_vocabulary(self, file: JsonFile, key: str) -> list[int]:
+        """The token ids under a key, without those outside the vocabulary, for which it adds a warning."""
+        ids = file.token_ids(key)
+        size = self._config.vocab_size
+        outside = [id_ for id_ in ids if not 0 <= id_ < size]
+        if outside and outside != [-1]:  # -1 has long been written for "none"
+            self.sentences.append(
+                f"{file.path.name}: {key} has {', '.join(map(str, outside))}, outside the vocabulary of {size} tokens; "
+                "ignored."
+            )
+        return [id_ for id_ in ids if 0 <= id_ < size]
+
+    def check_tokens(self, tokens: TokenizerFiles, eos: tuple[int, ...]) -> None:
+        if not tokens.known:
+            self.sentences.append(
+                "No tokenizer.json and no tokenizer_config.json: control tokens are unknown. Copy both from the model "
+                "that this was exported from."
+            )
+        if tokens.chat_template is None:
+            self.sentences.append("No chat template in the directory; Phi-3's is assumed.")
+        if not eos:
+            self.sentences.append("No file names an end token: replies end at their length limit only.")
+
+    def check_longrope(self, optimum_intel: str | None) -> None:
+        boundary = self._config.rope_boundary
+        if boundary is None or (optimum_intel is not None and _major(optimum_intel) >= 2):
+            return
+        if optimum_intel is None:
+            self.sentences.append(
+                "LongRoPE model, and the file does not name the version of optimum-intel that exported it: exports "
+                f"before 2.0 are wrong past {boundary} tokens. Export again to be sure."
+            )
+        else:
+            self.sentences.append(
+                f"Exported by optimum-intel {optimum_intel}, whose LongRoPE models (before 2.0) are wrong past "
+                f"{boundary} tokens. Export again with the current version, or keep context_length at or below that."
+            )
+
+
+def _major(version: str) -> int:
+    number = re.match(r"\d+", version)
+    return int(number[0]) if number else 0
+
+
+def _quantization(ir: IrSummary) -> str:
+    """NNCF's notes in rt_info; without them, the element type of most weights."""
     notes = ir.section("nncf", "weight_compression")
     if not notes.get("mode"):
         return max(ir.precisions, key=lambda name: ir.precisions[name], default="unknown")
