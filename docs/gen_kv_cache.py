@@ -1,7 +1,7 @@
-"""Draw `kv-cache.svg` from the library's own books: `python docs/gen_kv_cache.py`.
+"""Draw `kv-cache.svg` from the library's own prefix index: `python docs/gen_kv_cache.py`.
 
-The lengths are made up; what is found in the cache at each step is what `BlockLedger` says, so the picture changes with
-the rules. `tests/test_docs.py` fails while the picture and the code differ.
+The lengths are an example. The number of reused tokens at each step is the estimate of `BlockLedger`, so the picture
+changes with its rules. `tests/project/test_docs.py` fails while the picture and the code differ.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ov_phi3.engine.runner import Generator
-from ov_phi3.kv.cache import BlockLedger
+from ov_phi3.engine.longrope import LongRope
+from ov_phi3.kv.prefix_index import BlockLedger
 
 PICTURE = Path(__file__).with_name("kv-cache.svg")
 BLOCK = 32
@@ -25,69 +25,83 @@ REUSED, PREFILLED, GENERATED, INK, FAINT = "#2e9e6b", "#e08a1e", "#3b7dd8", "#6b
 
 @dataclass(frozen=True)
 class Step:
-    """One turn: what its prompt found, what was prefilled, and what was generated."""
+    """The token counts of one chat turn.
+
+    Attributes:
+        name: label of the row.
+        reused: prompt tokens that were cached.
+        prompt: tokens of the prompt.
+        total: tokens of the prompt and the reply.
+        recomputed: tokens computed again when the reply crossed the LongRoPE boundary.
+    """
 
     name: str
     reused: int
     prompt: int
     total: int
-    again: int = 0  # computed a second time within the reply
+    recomputed: int = 0
 
 
-class Conversation:
-    """Ids made up on the way, and one cache for all of them."""
+class Example:
+    """A pipeline without a model: made-up token ids, and one prefix index for all conversations."""
 
     def __init__(self) -> None:
-        self.ledger = BlockLedger(BLOCK, 1000)
-        self.generator = Generator(ledger=self.ledger, rope_boundary=BOUNDARY)
-        self._next = 0
+        self.index = BlockLedger(BLOCK, 1000)
+        self.long_rope = LongRope(BOUNDARY)
+        self._next_id = 0
 
-    def fresh(self, count: int) -> list[int]:
-        """Ids that nobody has had before."""
-        self._next += count
-        return list(range(self._next - count, self._next))
+    def new_ids(self, count: int) -> list[int]:
+        """Ids that were not used before."""
+        self._next_id += count
+        return list(range(self._next_id - count, self._next_id))
 
     def turn(self, name: str, history: list[int]) -> tuple[Step, list[int]]:
-        """Say something after a history; returns the step and the history after it."""
-        prompt = [*history, *self.fresh(MESSAGE)]
-        reply = self.fresh(REPLY)
-        ids = np.array(prompt, dtype=np.int64)
-        salt = self.generator._salt(len(prompt) > BOUNDARY)
-        reused = self.ledger.find(ids, salt)
-        room = self.generator.reply_room(len(prompt))
-        first = reply if room is None or room >= len(reply) else reply[:room]
-        self.ledger.record(ids, first[:-1], longest=len(first), exact=True, salt=salt)
-        again = 0
+        """Add a message and a reply to a history; returns the step and the new history."""
+        prompt = [*history, *self.new_ids(MESSAGE)]
+        reply = self.new_ids(REPLY)
+        reused, room = self._match(prompt), self.long_rope.reply_room(len(prompt))
+        first = reply if room is None else reply[:room]
+        self._commit(prompt, first)
+        recomputed = 0
         if len(first) < len(reply):
-            whole = np.array([*prompt, *first], dtype=np.int64)
-            past = self.generator._salt(True)
-            again = len(whole) - self.ledger.find(whole, past)
-            self.ledger.record(whole, reply[len(first) : -1], longest=len(reply), exact=True, salt=past)
-        return Step(name, reused, len(prompt), len(prompt) + len(reply), again), [*prompt, *reply]
+            whole = [*prompt, *first]
+            recomputed = len(whole) - self._match(whole)
+            self._commit(whole, reply[len(first) :])
+        return Step(name, reused, len(prompt), len(prompt) + len(reply), recomputed), [*prompt, *reply]
+
+    def _match(self, prompt: list[int]) -> int:
+        return self.index.match(np.array(prompt, dtype=np.int64), self._namespace(prompt))
+
+    def _commit(self, prompt: list[int], reply: list[int]) -> None:
+        ids = np.array(prompt, dtype=np.int64)
+        self.index.commit(ids, reply[:-1], longest=len(reply), exact=True, namespace=self._namespace(prompt))
+
+    def _namespace(self, prompt: list[int]) -> bytes:
+        return self.long_rope.namespace(self.long_rope.is_long(len(prompt)))
 
 
 def steps() -> list[Step]:
     """A conversation that is rewound and forked, and then grows past the boundary."""
-    talk = Conversation()
+    example = Example()
     done: list[Step] = []
-    histories = [talk.fresh(SYSTEM)]
+    histories = [example.new_ids(SYSTEM)]
     for number in (1, 2, 3):
-        step, history = talk.turn(f"turn {number}", histories[-1])
+        step, history = example.turn(f"turn {number}", histories[-1])
         done.append(step)
         histories.append(history)
-    step, branch = talk.turn("rewind(1), again", histories[2])
+    step, common = example.turn("rewind(1), new turn", histories[2])
     done.append(step)
-    step, _ = talk.turn("fork(): one branch", branch)
+    step, _ = example.turn("fork(): first branch", common)
     done.append(step)
-    step, history = talk.turn("the other branch", branch)
+    step, branch = example.turn("second branch", common)
     done.append(step)
-    step, _ = talk.turn("its next turn", history)
+    step, _ = example.turn("its next turn", branch)
     done.append(step)
     return done
 
 
 def bar(x: float, y: float, tokens: float, colour: str) -> str:
-    """A stretch of tokens."""
+    """A range of tokens."""
     return f'<rect x="{x:.1f}" y="{y}" width="{tokens * SCALE:.1f}" height="{BAR}" fill="{colour}"/>'
 
 
@@ -96,35 +110,37 @@ def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 1
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
 
 
-def drawn(done: list[Step]) -> str:
-    """The picture."""
+def line(x: float, bottom: float, stroke: str) -> str:
+    """A vertical line from above the bars down to `bottom`."""
+    return f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{bottom}" {stroke}/>'
+
+
+def draw(done: list[Step]) -> str:
+    """The picture as SVG."""
     longest = max(step.total for step in done)
     width, height = LEFT + longest * SCALE + 170, TOP + ROW * len(done) + 40
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        'font-family="system-ui, sans-serif" aria-label="What each turn of a chat takes from the KV cache">'
+        'font-family="system-ui, sans-serif" '
+        'aria-label="The tokens of each chat turn: reused from the KV cache, prefilled, generated">'
     ]
     x: float = LEFT
     for colour, words in (
-        (REUSED, "from the cache"),
+        (REUSED, "reused from the cache"),
         (PREFILLED, "prefilled"),
         (GENERATED, "generated"),
     ):
         out += [f'<rect x="{x}" y="14" width="14" height="14" fill="{colour}"/>', text(x + 20, 26, words)]
-        x += 150
+        x += 180
     for block in range(0, longest + BLOCK, BLOCK):
-        place = LEFT + block * SCALE
-        out.append(
-            f'<line x1="{place:.1f}" y1="{TOP - 6}" x2="{place:.1f}" y2="{TOP + ROW * len(done) - 12}" '
-            f'stroke="{FAINT}" stroke-opacity="0.35"/>'
-        )
+        left = LEFT + block * SCALE
+        out.append(line(left, TOP + ROW * len(done) - 12, f'stroke="{FAINT}" stroke-opacity="0.35"'))
         if block % (2 * BLOCK) == 0:
-            out.append(text(place, TOP - 12, str(block), anchor="middle", size=11, fill=FAINT))
-    place = LEFT + BOUNDARY * SCALE
-    low = TOP + ROW * len(done) - 4
+            out.append(text(left, TOP - 12, str(block), anchor="middle", size=11, fill=FAINT))
+    boundary, bottom = LEFT + BOUNDARY * SCALE, TOP + ROW * len(done) - 4
     out += [
-        f'<line x1="{place:.1f}" y1="{TOP - 6}" x2="{place:.1f}" y2="{low}" stroke="{INK}" stroke-dasharray="5 4"/>',
-        text(place, low + 16, "LongRoPE boundary of this example", anchor="middle", size=12),
+        line(boundary, bottom, f'stroke="{INK}" stroke-dasharray="5 4"'),
+        text(boundary, bottom + 16, "LongRoPE boundary of this example", anchor="middle", size=12),
     ]
     for row, step in enumerate(done):
         y = TOP + ROW * row
@@ -134,14 +150,14 @@ def drawn(done: list[Step]) -> str:
             bar(LEFT + step.reused * SCALE, y, step.prompt - step.reused, PREFILLED),
             bar(LEFT + step.prompt * SCALE, y, step.total - step.prompt, GENERATED),
         ]
-        cost = f"{step.prompt - step.reused} to prefill"
-        if step.again:
-            stretch = bar(LEFT + (BOUNDARY + 1 - step.again) * SCALE, y + BAR + 2, step.again, PREFILLED)
-            out.append(stretch.replace(f'height="{BAR}"', 'height="6"'))
-            cost += f", {step.again} again"
+        cost = f"{step.prompt - step.reused} prefilled"
+        if step.recomputed:
+            again = bar(LEFT + (BOUNDARY + 1 - step.recomputed) * SCALE, y + BAR + 2, step.recomputed, PREFILLED)
+            out.append(again.replace(f'height="{BAR}"', 'height="6"'))
+            cost += f", {step.recomputed} again"
         out.append(text(LEFT + step.total * SCALE + 8, y + 15, cost, size=12))
     return "\n".join([*out, "</svg>", ""])
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(drawn(steps()), encoding="utf-8")
+    PICTURE.write_text(draw(steps()), encoding="utf-8")
