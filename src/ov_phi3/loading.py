@@ -18,8 +18,8 @@ from ov_phi3.backends.infer_request import infer_request_properties
 from ov_phi3.backends.protocol import BACKENDS, Backend
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, Generator
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError, did_you_mean
-from ov_phi3.generation import names as config_names
 from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.hf import from_hf
 from ov_phi3.kv.sizing import KVPool, plan
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.opening import ASSISTED, chunk_for, open_engine
@@ -208,7 +208,7 @@ def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
     """The model's own generation options, and what in them cannot be honoured."""
     dropped: list[str] = []
     try:
-        return GenerationConfig(**config_names.from_hf(info.generation_defaults, dropped=dropped)), dropped
+        return GenerationConfig(**from_hf(info.generation_defaults, dropped=dropped)), dropped
     except (ConfigError, TypeError) as exc:
         raise ModelError(f"{info.path / 'generation_config.json'}: {exc} Correct the file or export again.") from exc
 

@@ -1,80 +1,15 @@
-"""Options: nothing unknown, nothing contradictory, nothing of GenAI's forgotten."""
+"""Unknown, invalid and contradictory options are refused; every other config resolves."""
 
-import json
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from option_examples import EXAMPLES
 
 from ov_phi3 import ConfigError, GenerationConfig
-from ov_phi3.generation import names as config_names
-from ov_phi3.generation.config import OWN_LOOP
-
-
-def test_every_field_of_genai_is_reachable_or_explained() -> None:
-    import openvino_genai
-
-    kind = openvino_genai.GenerationConfig
-    fields = {n for n in dir(kind) if not n.startswith("_") and not callable(getattr(kind, n))}
-    assert fields == set(config_names.GENAI) | set(config_names.GENAI_UNREACHABLE)
-    assert not set(config_names.GENAI) & set(config_names.GENAI_UNREACHABLE)
-
-
-def test_every_option_reaches_genai() -> None:
-    ours = {name for value in config_names.GENAI.values() for name in value.split(", ")}
-    assert ours | set(OWN_LOOP) == set(GenerationConfig.__dataclass_fields__)
-    assert not ours & set(OWN_LOOP)
-
-
-# One valid record for every option, with a value that is not GenAI's default.
-REACHES: dict[str, tuple[dict[str, Any], str, Any]] = {
-    "max_new_tokens": ({"max_new_tokens": 7}, "max_new_tokens", 7),
-    "max_length": ({"max_length": 70}, "max_length", 70),
-    "min_new_tokens": ({"min_new_tokens": 3}, "min_new_tokens", 3),
-    "ignore_eos": ({"ignore_eos": True}, "ignore_eos", True),
-    "stop": ({"stop": ["a", "b"]}, "stop_strings", {"a", "b"}),
-    "include_stop": ({"include_stop": True}, "include_stop_str_in_output", True),
-    "stop_token_ids": ({"stop_token_ids": [5]}, "stop_token_ids", {5}),
-    "do_sample": ({"do_sample": True}, "do_sample", True),
-    "temperature": ({"temperature": 0.5}, "temperature", 0.5),
-    "top_p": ({"top_p": 0.5}, "top_p", 0.5),
-    "top_k": ({"top_k": 4}, "top_k", 4),
-    "min_p": ({"min_p": 0.25}, "min_p", 0.25),
-    "seed": ({"seed": 9}, "rng_seed", 9),
-    "repetition_penalty": ({"repetition_penalty": 1.5}, "repetition_penalty", 1.5),
-    "presence_penalty": ({"presence_penalty": 0.5}, "presence_penalty", 0.5),
-    "frequency_penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", 0.5),
-    "num_return_sequences": ({"num_return_sequences": 2, "temperature": 0.5}, "num_return_sequences", 2),
-    "num_beams": ({"num_beams": 4}, "num_beams", 4),
-    "num_beam_groups": ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups", 2),
-    "diversity_penalty": ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "diversity_penalty", 0.5),
-    "length_penalty": ({"num_beams": 4, "length_penalty": 2.0}, "length_penalty", 2.0),
-    "no_repeat_ngram_size": ({"num_beams": 4, "no_repeat_ngram_size": 2}, "no_repeat_ngram_size", 2),
-    "num_assistant_tokens": ({"num_assistant_tokens": 4}, "num_assistant_tokens", 4),
-    "assistant_confidence_threshold": ({"assistant_confidence_threshold": 0.5}, "assistant_confidence_threshold", 0.5),
-    "max_ngram_size": ({"num_assistant_tokens": 4, "max_ngram_size": 3}, "max_ngram_size", 3),
-}
-
-
-@pytest.mark.parametrize("name", REACHES)
-def test_option_reaches_genai(name: str) -> None:
-    options, theirs, value = REACHES[name]
-    assert getattr(GenerationConfig(**options).to_genai(), theirs) == value
-
-
-def test_the_other_options_reach_genai() -> None:
-    import openvino_genai
-
-    early = GenerationConfig(num_beams=2, stop_criteria="early").to_genai()
-    assert early.stop_criteria == openvino_genai.StopCriteria.EARLY
-    schema = GenerationConfig(json_schema={"type": "object"}).to_genai().structured_output_config
-    assert json.loads(schema.json_schema) == {"type": "object"}
-    assert GenerationConfig(regex="a+").to_genai().structured_output_config.regex == "a+"
-    assert GenerationConfig(grammar='root ::= "a"').to_genai().structured_output_config.grammar == 'root ::= "a"'
-    covered = {*REACHES, "stop_criteria", "json_schema", "regex", "grammar"}
-    assert covered | set(OWN_LOOP) == set(GenerationConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +22,7 @@ def test_the_other_options_reach_genai() -> None:
         ("zzz", "All options"),
     ],
 )
-def test_unknown_options_name_the_nearest(name: str, hint: str) -> None:
+def test_unknown_options_name_the_nearest_option(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         GenerationConfig(**{name: 1})
     with pytest.raises(ConfigError, match=hint):
@@ -118,7 +53,7 @@ def test_unknown_options_name_the_nearest(name: str, hint: str) -> None:
         {"max_ngram_size": 3},
     ],
 )
-def test_contradictions(options: dict[str, Any]) -> None:
+def test_contradictions_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         GenerationConfig(**options)
 
@@ -159,7 +94,7 @@ def test_contradictions(options: dict[str, Any]) -> None:
         {"repetition_penalty": 1e-60},
     ],
 )
-def test_values_out_of_range(options: dict[str, Any]) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         GenerationConfig(**options)
 
@@ -180,12 +115,12 @@ def test_values_out_of_range(options: dict[str, Any]) -> None:
         {"regex": 5},
     ],
 )
-def test_values_of_a_wrong_type(options: dict[str, Any]) -> None:
+def test_values_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=next(iter(options))):
         GenerationConfig(**options)
 
 
-def test_frozen_and_replace() -> None:
+def test_a_config_is_frozen_and_replace_makes_a_copy() -> None:
     config = GenerationConfig(temperature=0.7)
     with pytest.raises(AttributeError):
         config.temperature = 1.0  # type: ignore[misc]
@@ -195,7 +130,7 @@ def test_frozen_and_replace() -> None:
 
 
 class TestResolve:
-    """What is given, what the model says, what is left."""
+    """Precedence: the given options, then the model's, then the defaults."""
 
     def test_every_option_has_a_value(self) -> None:
         resolved = GenerationConfig().resolve(room=50)
@@ -219,114 +154,116 @@ class TestResolve:
             assert GenerationConfig(**option).resolve(room=9).do_sample is True
         assert GenerationConfig(temperature=0).resolve(room=9).do_sample is False
 
-    def test_a_seed_is_drawn_and_told(self) -> None:
+    def test_a_seed_is_drawn_and_kept(self) -> None:
         first, second = (GenerationConfig(temperature=0.5).resolve(room=9).seed for _ in range(2))
         assert first is not None
         assert first != second
         assert GenerationConfig(temperature=0.5, seed=3).resolve(room=9).seed == 3
 
-    def test_the_models_options_come_second(self) -> None:
+    def test_given_options_take_precedence_over_the_models(self) -> None:
         model = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
         assert GenerationConfig(top_p=0.5).resolve(model, room=9).top_p == 0.5
         assert GenerationConfig(top_p=0.5).resolve(model, room=9).temperature == 0.6
 
-    def test_greedy_over_a_model_that_samples(self) -> None:
+    def test_greedy_options_override_a_model_that_samples(self) -> None:
         model = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
         for config in (GenerationConfig(temperature=0), GenerationConfig(do_sample=False)):
             resolved = config.resolve(model, room=9)
             assert (resolved.do_sample, resolved.top_p) == (False, 1.0)
 
-    def test_sampling_over_a_greedy_model(self) -> None:
+    def test_sampling_options_override_a_greedy_model(self) -> None:
         model = GenerationConfig(do_sample=False)
         assert GenerationConfig(temperature=0.5).resolve(model, room=9).do_sample is True
 
-    def test_max_length_counts_the_prompt(self) -> None:
+    def test_max_length_includes_the_prompt(self) -> None:
         assert GenerationConfig(max_length=30).resolve(room=90, prompt_tokens=10).max_new_tokens == 20
 
-    @given(st.sampled_from(list(REACHES)), st.sampled_from(list(REACHES)))
-    def test_any_two_records_resolve_or_say_why(self, one: str, other: str) -> None:
-        mine, model = GenerationConfig(**REACHES[one][0]), GenerationConfig(**REACHES[other][0])
+    @given(st.sampled_from(list(EXAMPLES)), st.sampled_from(list(EXAMPLES)))
+    def test_any_two_configs_resolve_or_raise(self, first: str, second: str) -> None:
+        config, model = GenerationConfig(**EXAMPLES[first][0]), GenerationConfig(**EXAMPLES[second][0])
         try:
-            resolved = mine.resolve(model, room=100, prompt_tokens=5)
+            resolved = config.resolve(model, room=100, prompt_tokens=5)
         except ConfigError:
             return
-        assert all(getattr(resolved, n) == v for n, v in mine.given.items() if n not in ("max_length",))
+        assert all(getattr(resolved, n) == v for n, v in config.given.items() if n not in ("max_length",))
 
 
-class TestHuggingFace:
-    """generation_config.json and its names."""
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_new_tokens": np.int64(2)}, {"max_new_tokens": 2}),
+        ({"seed": np.uint64(2**64 - 1)}, {"seed": 2**64 - 1}),
+        ({"temperature": np.float32(0.5)}, {"temperature": 0.5}),
+        ({"top_p": np.float64(0.25)}, {"top_p": 0.25}),
+        ({"temperature": Fraction(1, 2)}, {"temperature": 0.5}),
+        ({"repetition_penalty": np.int8(2)}, {"repetition_penalty": 2}),
+        ({"do_sample": np.bool_(True)}, {"do_sample": True}),
+        ({"stop_token_ids": [np.int32(5), 5]}, {"stop_token_ids": (5,)}),
+        ({"logit_bias": {np.int64(5): np.float32(1.5)}}, {"logit_bias": ((5, 1.5),)}),
+        ({"logit_bias": {5: np.float32("-inf")}}, {"logit_bias": ((5, float("-inf")),)}),
+    ],
+)
+def test_scalars_of_numpy_become_pythons(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = GenerationConfig(**options)
+    assert config.given == expected
+    assert all(type(value) is type(expected[name]) for name, value in config.given.items())
+    biases = config.logit_bias or ()
+    assert all((type(token), type(bias)) == (int, float) for token, bias in biases)
+    assert all(type(token) is int for token in config.stop_token_ids or ())
 
-    def test_phi3s_own_file(self, tmp_path: Path) -> None:
-        file = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [32000, 32001, 32007]}
-        path = tmp_path / "generation_config.json"
-        path.write_text(json.dumps({**file, "pad_token_id": 32000, "transformers_version": "4.39.3"}))
-        assert GenerationConfig.from_hf(path) == GenerationConfig.from_hf(tmp_path) == GenerationConfig()
 
-    def test_names_are_mapped(self) -> None:
-        config = GenerationConfig.from_hf({"stop_strings": ["x"], "num_beams": 2, "early_stopping": True})
-        assert (config.stop, config.stop_criteria) == (("x",), "early")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": np.bool_(True)},
+        {"max_new_tokens": np.float32(2.0)},
+        {"temperature": np.bool_(True)},
+        {"temperature": np.array([0.5])},
+        {"temperature": 0.5 + 0j},
+        {"do_sample": np.int64(1)},
+        {"stop_token_ids": [None]},
+        {"logit_bias": {None: 1.0}},
+        {"logit_bias": {5: None}},
+    ],
+)
+def test_other_scalars_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        GenerationConfig(**options)
 
-    def test_neutral_values_pass(self) -> None:
-        full = {"typical_p": 1.0, "guidance_scale": None, "min_length": 0, "early_stopping": False, "num_beams": 1}
-        assert GenerationConfig.from_hf(full) == GenerationConfig(num_beams=1)
 
-    def test_do_sample_is_off_unless_the_file_says_so(self) -> None:
-        dropped: list[str] = []
-        phi4 = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-        assert config_names.from_hf(phi4, dropped=dropped) == phi4
-        assert config_names.from_hf({"temperature": 0.8}, dropped=dropped) == {}
-        assert GenerationConfig.from_hf({"temperature": 1.0, "top_k": 50}) == GenerationConfig()
+def test_a_huge_number_is_refused_with_a_short_message() -> None:
+    with pytest.raises(ConfigError, match="an integer of 33220 bits is out of range") as caught:
+        GenerationConfig(temperature=10**10_000)
+    assert len(str(caught.value)) < 100
+    with pytest.raises(ConfigError, match="temperature=inf"):
+        GenerationConfig(temperature=Fraction(10**400))
 
-    @pytest.mark.parametrize(
-        "bad", [{"typical_p": 0.5}, {"bad_words_ids": [[1]]}, {"temprature": 1.0}, {"temperature": 0.7}]
+
+def test_one_token_is_resolved() -> None:
+    config = GenerationConfig.one_token()
+    assert (config.max_new_tokens, config.do_sample, config.ignore_eos) == (1, False, True)
+    assert config == config.resolve(room=5)
+
+
+def test_options_of_infer_request_are_named_if_they_have_an_effect() -> None:
+    assert GenerationConfig(temperature=0.5).infer_request_options == ()
+    assert GenerationConfig().resolve(room=5).infer_request_options == ()
+    assert GenerationConfig(logit_bias={}).infer_request_options == ()
+    assert GenerationConfig(top_logprobs=0, logit_bias={3: 1}).infer_request_options == (
+        "logit_bias=((3, 1.0),)",
+        "top_logprobs=0",
     )
-    def test_what_would_be_lost_is_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match=next(iter(bad))):
-            GenerationConfig.from_hf(bad)
-
-    @pytest.mark.parametrize("text", ["{", "[]", "3"])
-    def test_broken_files(self, tmp_path: Path, text: str) -> None:
-        path = tmp_path / "generation_config.json"
-        path.write_text(text)
-        with pytest.raises(ConfigError, match="generation_config.json"):
-            GenerationConfig.from_hf(path)
 
 
-class TestOpenAI:
-    """The names of chat completions."""
+def test_multi_sequence_configs() -> None:
+    assert GenerationConfig(num_beams=2).is_multi_sequence
+    assert GenerationConfig(num_return_sequences=2).is_multi_sequence
+    assert not GenerationConfig(num_beams=1, num_return_sequences=1).is_multi_sequence
 
-    def test_names_are_mapped(self) -> None:
-        request = {
-            "model": "m",
-            "messages": [],
-            "stream": True,
-            "max_tokens": 64,
-            "temperature": 0,
-            "stop": "x",
-            "seed": 1,
-        }
-        expected = GenerationConfig(max_new_tokens=64, temperature=0, stop="x", seed=1)
-        assert GenerationConfig.from_openai(request) == expected
 
-    def test_response_format(self) -> None:
-        schema = {"type": "object", "properties": {}}
-        wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        config = GenerationConfig.from_openai({"response_format": wrapped})
-        assert json.loads(str(config.json_schema)) == schema
-        assert GenerationConfig.from_openai({"response_format": {"type": "text"}}) == GenerationConfig()
-
-    @pytest.mark.parametrize(
-        "bad",
-        [
-            {"logit_bias": {"five": 1}},
-            {"logit_bias": {"5": None}},
-            {"top_logprobs": 3},
-            {"max_token": 5},
-            {"tools": [{"type": "function"}]},
-            {"max_tokens": 5, "max_completion_tokens": 6},
-            {"response_format": {"type": "xml"}},
-        ],
-    )
-    def test_what_would_be_lost_is_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises((ConfigError, TypeError)):
-            GenerationConfig.from_openai(bad)
+def test_samples() -> None:
+    assert GenerationConfig().samples is None
+    assert GenerationConfig(top_k=0).samples is None
+    assert GenerationConfig(top_k=5).samples is True
+    assert GenerationConfig(temperature=0).samples is False
+    assert GenerationConfig(do_sample=False).samples is False

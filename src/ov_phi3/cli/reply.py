@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ov_phi3.cli import terminal
 from ov_phi3.errors import ConfigError, Error
-from ov_phi3.generation import config as generation_config
 from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
 
 if TYPE_CHECKING:
     from ov_phi3.chat import Chat
@@ -72,7 +72,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             continue
         flag = "--" + name.replace("_", "-")
         text = about.get(name, "").rstrip(".;").replace("%", "%%")
-        if name in generation_config.BOOLEANS:
+        if name in BOOLEANS:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif name == "stop":
             group.add_argument(flag, action="append", metavar="TEXT", help=text + "; can be given several times")
@@ -82,9 +82,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=int, nargs="+", metavar="ID", help=text)
         else:
             kind: Any = str
-            if name in generation_config.INTEGERS:
+            if name in INTEGERS:
                 kind = int
-            elif name in generation_config.NUMBERS:
+            elif name in NUMBERS:
                 kind = float
             metavar = {int: "N", float: "X", str: "TEXT"}[kind]
             group.add_argument(flag, type=kind, metavar=metavar, help=text)
@@ -126,7 +126,7 @@ def _generate(args: argparse.Namespace) -> int:
             report = {**result.to_dict(), "device": pipe.device.name, "device_name": pipe.device.full_name}
             print(json.dumps(report, indent=2))
             return 0
-        if config._is_search():
+        if config.is_multi_sequence:
             result, interrupted = pipe.generate(prompt, config, prefix=prefix), False
             print(result.text)
         else:
@@ -169,7 +169,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _backend_for(config: GenerationConfig, file: Path | None) -> str:
     """The backend that has what was asked for."""
-    return "infer_request" if file is not None or config.own_loop() else "llm_pipeline"
+    return "infer_request" if file is not None or config.infer_request_options else "llm_pipeline"
 
 
 def _held(pipe: Pipeline, args: argparse.Namespace) -> Prefix:

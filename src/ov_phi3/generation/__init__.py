@@ -1,1 +1,1 @@
-"""The options of a reply and what comes of it: configuration, names in other APIs, results, metrics."""
+"""Options of a reply, their names in other APIs, results and latency metrics."""

@@ -1,8 +1,7 @@
-"""How a reply is generated: one frozen, validated record, and its way to `openvino_genai.GenerationConfig`.
+"""`GenerationConfig`: all options of a reply, as one frozen, validated record.
 
-A field that is None was *not given*: the model's own `generation_config.json` decides, then the default in the table
-below. `resolve()` fills everything in, and the filled record is on every result, so what was really used can always
-be read.
+A field that is None is *not given*: the model's own `generation_config.json` applies, then the default in `DEFAULTS`.
+`resolve()` fills in every field. Each result holds the resolved config, so the options in use can always be read.
 """
 
 from __future__ import annotations
@@ -12,31 +11,17 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from ov_phi3.errors import ConfigError, did_you_mean
-from ov_phi3.generation import names as config_names
-from ov_phi3.generation.validation import (
-    BOOLEANS,
-    INTEGERS,
-    NUMBERS,
-    check_bool,
-    check_number,
-    check_text,
-    logit_bias,
-    processors,
-    schema_text,
-    stop_strings,
-    token_ids,
-)
+from ov_phi3.generation import genai, hf, openai, validation
+from ov_phi3.generation.names import ALIASES
+from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
 
-if TYPE_CHECKING:
-    import openvino_genai
-
-__all__ = ["BOOLEANS", "DEFAULTS", "INTEGERS", "NUMBERS", "OWN_LOOP", "GenerationConfig", "LogitsProcessor"]
+__all__ = ["DEFAULTS", "INFER_REQUEST_OPTIONS", "GenerationConfig", "LogitsProcessor"]
 
 LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
-"""A function of the ids so far and the logits of the next token, that gives back the logits."""
+"""A function of the ids so far and the logits of the next token; it returns the logits."""
 
 DEFAULTS: dict[str, Any] = {
     "min_new_tokens": 0,
@@ -62,61 +47,64 @@ DEFAULTS: dict[str, Any] = {
     "logit_bias": (),
     "logits_processors": (),
 }
-"""What a field is when neither the caller nor the model says. A field at its value here changes nothing."""
+"""Value of a field that neither the caller nor the model gives. With this value, an option has no effect."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_ngram_size", "stop_criteria")
 _STRUCTURED = ("json_schema", "regex", "grammar")
-_ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
-OWN_LOOP = ("logit_bias", "logits_processors", "top_logprobs")
-"""Options that only `backend="infer_request"` has."""
+_ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold")
+INFER_REQUEST_OPTIONS = ("logit_bias", "logits_processors", "top_logprobs")
+"""Options that GenAI does not have: only `backend="infer_request"` obeys them."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Options of one reply. Everything is optional; None means "not given".
 
+    NumPy's scalars are accepted and become Python's.
+
     Attributes:
-        max_new_tokens: longest reply, in tokens; default: what is left of the context window.
-        max_length: the same, counted from the start of the prompt; give one or the other.
-        min_new_tokens: no end token before this many tokens.
-        ignore_eos: go on past the model's end tokens, for replies of a fixed length.
-        stop: strings that end the reply; no piece of one is ever shown.
+        max_new_tokens: maximum length of the reply, in tokens; default: the rest of the context window.
+        max_length: maximum length of prompt and reply, in tokens; an alternative to `max_new_tokens`.
+        min_new_tokens: minimum length of the reply: no end token before.
+        ignore_eos: continue after the model's end tokens, for replies of a fixed length.
+        stop: strings that end the reply; no part of one is shown.
         include_stop: keep the stop string in the text.
         stop_token_ids: token ids that end the reply, besides the model's own.
-        do_sample: sample (True) or take the likeliest token (False); default: sample if a sampling option is given.
-        temperature: 0 is greedy; higher is more varied.
-        top_p: sample from the smallest set of tokens with this much probability, in (0, 1].
-        top_k: sample from this many likeliest tokens; 0 is all.
-        min_p: drop tokens less likely than this times the likeliest one's probability, in [0, 1).
-        seed: of the sampling; None draws one, and the result's config tells it.
-        repetition_penalty: above 1.0 discourages tokens that are in the prompt or the reply.
-        presence_penalty: in [-2, 2], once for each token already generated.
-        frequency_penalty: in [-2, 2], as often as the token was generated.
-        num_return_sequences: replies to one prompt; more than one needs sampling or beams, and `generate`; cannot be
-            cancelled.
+        do_sample: sample (True) or take the most likely token (False); default: sample if a sampling option is given.
+        temperature: 0 is greedy; higher values give more varied replies.
+        top_p: sample from the smallest set of tokens with this total probability, in (0, 1].
+        top_k: sample from this number of most likely tokens; 0 is all.
+        min_p: exclude tokens less likely than this times the most likely token's probability, in [0, 1).
+        seed: seed of the sampling; None draws one, which the result's config holds.
+        repetition_penalty: above 1.0 makes tokens of the prompt and the reply less likely.
+        presence_penalty: in [-2, 2], applied once to each token already generated.
+        frequency_penalty: in [-2, 2], applied as often as the token was generated.
+        num_return_sequences: number of replies to one prompt; more than one needs sampling or beams, and `generate`;
+            cannot be cancelled.
         num_beams: above 1 is beam search; not for streams, and cannot be cancelled.
-        num_beam_groups: groups of beams kept different from each other; divides `num_beams`.
-        diversity_penalty: how different.
+        num_beam_groups: number of groups of beams that are kept different from each other; divides `num_beams`.
+        diversity_penalty: strength of the difference between groups.
         length_penalty: exponent of the length in a beam's score; above 0 favours longer replies.
-        no_repeat_ngram_size: no n-gram of this size twice (beam search).
+        no_repeat_ngram_size: no n-gram of this size occurs twice (beam search).
         stop_criteria: when beam search ends: "early", "heuristic" or "never".
         json_schema: the reply is JSON of this schema (a dict, or its text).
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
         num_assistant_tokens: candidates per step of prompt lookup, for a pipeline loaded with `prompt_lookup=True`.
-        assistant_confidence_threshold: candidates by confidence instead of by number (draft models).
-        max_ngram_size: longest n-gram that prompt lookup searches the prompt for.
-        logit_bias: numbers added to the logits of token ids, as a dict; minus infinity rules a token out
-            (`backend="infer_request"`, as are the next two).
-        logits_processors: functions of (ids, logits) that give back the logits: int64 of shape [tokens], prompt and
-            reply so far, and float32 of shape [vocabulary], which they may change. Run in order, after penalties and
-            bias, before temperature. What one raises ends the reply and is raised to the reader.
-        top_logprobs: log-probabilities of each token of the reply, and of this many likeliest ones, 0 to 20.
+        assistant_confidence_threshold: select candidates by confidence instead of by number (draft models).
+        max_ngram_size: longest n-gram that prompt lookup searches for in the prompt.
+        logit_bias: numbers added to the logits of token ids, as a dict; minus infinity excludes a token (needs
+            `backend="infer_request"`, as do the next two).
+        logits_processors: functions of (ids, logits) that return the logits: ids are int64 of shape [tokens], prompt
+            and reply so far; logits are float32 of shape [vocabulary] and may be changed in place. They run in order,
+            after penalties and bias, before temperature. An exception in one ends the reply and is raised to the
+            caller.
+        top_logprobs: log-probabilities of each token of the reply, and of this many most likely tokens, 0 to 20.
 
     Raises:
-        ConfigError: an unknown option, a value out of range, or two options that contradict each other.
-        TypeError: a value of the wrong type.
+        ConfigError: an option is unknown or out of range, or two options contradict each other.
+        TypeError: a value has the wrong type.
     """
 
     max_new_tokens: int | None = None
@@ -158,42 +146,53 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name in BOOLEANS:
-            check_bool(name, getattr(self, name))
-        for name, (low, high) in {**INTEGERS, **NUMBERS}.items():
-            check_number(name, getattr(self, name), low, high, whole=name in INTEGERS)
-        object.__setattr__(self, "stop", stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", token_ids(self.stop_token_ids))
+            self._set(name, validation.boolean(name, getattr(self, name)))
+        for name, integer_bounds in INTEGERS.items():
+            self._set(name, validation.integer(name, getattr(self, name), *integer_bounds))
+        for name, bounds in NUMBERS.items():
+            self._set(name, validation.number(name, getattr(self, name), *bounds))
         for name in ("regex", "grammar"):
-            check_text(name, getattr(self, name))
-        object.__setattr__(self, "json_schema", schema_text(self.json_schema))
-        object.__setattr__(self, "logit_bias", logit_bias(self.logit_bias))
-        object.__setattr__(self, "logits_processors", processors(self.logits_processors))
+            self._set(name, validation.pattern(name, getattr(self, name)))
+        self._set("stop", validation.stop_strings(self.stop))
+        self._set("stop_token_ids", validation.token_ids(self.stop_token_ids))
+        self._set("json_schema", validation.schema_text(self.json_schema))
+        self._set("logit_bias", validation.logit_bias(self.logit_bias))
+        self._set("logits_processors", validation.processors(self.logits_processors))
         if self.stop_criteria is not None and self.stop_criteria not in ("early", "heuristic", "never"):
             raise ConfigError(f"stop_criteria={self.stop_criteria!r}; expected 'early', 'heuristic' or 'never'.")
         self._check_contradictions()
 
-    # -- making ------------------------------------------------------------------------------------------------------
+    def _set(self, name: str, value: object) -> None:
+        """Set a field of this frozen record; for `__post_init__` only."""
+        object.__setattr__(self, name, value)
+
+    # -- constructors and copies -------------------------------------------------------------------------------------
+
+    @classmethod
+    def one_token(cls) -> GenerationConfig:
+        """The shortest reply, resolved: one greedy token, which may be an end token. For prefill and score requests."""
+        return cls(max_new_tokens=1, do_sample=False, ignore_eos=True).resolve(room=1)
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> GenerationConfig:
         """From Hugging Face's names: a dict, a `generation_config.json`, or a directory that holds one.
 
         Raises:
-            ConfigError: a key that is unknown, or that would change the reply and has no counterpart here.
+            ConfigError: a key is unknown, or it would change the reply and has no option here.
         """
-        return cls(**config_names.from_hf(source))
+        return cls(**hf.from_hf(source))
 
     @classmethod
     def from_openai(cls, request: Mapping[str, Any]) -> GenerationConfig:
-        """From the names of OpenAI's chat completions; `model`, `messages`, `stream` and `user` are passed by.
+        """From the names of OpenAI's chat completions; `model`, `messages`, `stream` and `user` are ignored.
 
         Raises:
-            ConfigError: a key that is unknown or has no counterpart here.
+            ConfigError: a key is unknown or has no option here.
         """
-        return cls(**config_names.from_openai(request))
+        return cls(**openai.from_openai(request))
 
     def replace(self, **options: Any) -> GenerationConfig:
-        """A copy with some options changed; None takes an option back.
+        """A copy with some options changed; None removes an option.
 
         Raises:
             ConfigError: as the constructor.
@@ -207,127 +206,143 @@ class GenerationConfig:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that are not None as JSON-ready values; of functions, their names."""
+        """The options that are not None as JSON-ready values; functions are given by name."""
         values = self.given
         if self.logits_processors is not None:
             values["logits_processors"] = [getattr(f, "__name__", type(f).__name__) for f in self.logits_processors]
         return values
 
     def merged_over(self, base: GenerationConfig) -> GenerationConfig:
-        """Both together, this one's options before `base`'s.
+        """Combine two configs; options of this one take precedence over those of `base`.
 
-        What contradicts this one in `base` gives way: `temperature=0` over a model that samples by default is greedy.
+        Options of `base` that contradict this config are dropped: `temperature=0` over a model that samples by default
+        is greedy.
         """
-        mine, theirs = self.given, base.given
-        sampling = self._samples()
-        if sampling is False or self.num_beams not in (None, 1):
-            theirs = {k: v for k, v in theirs.items() if k not in (*_SAMPLING, "do_sample")}
-        elif sampling and theirs.get("do_sample") is False:
-            theirs.pop("do_sample")
-        if theirs.get("temperature") == 0 and sampling:
-            theirs.pop("temperature")
-        if sampling:
-            theirs = {k: v for k, v in theirs.items() if k != "num_beams" and k not in _BEAMS}
-        for pair in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
-            if pair[0] in mine:
-                theirs.pop(pair[1], None)
-        if any(name in mine for name in _STRUCTURED):
-            theirs = {k: v for k, v in theirs.items() if k not in _STRUCTURED}
-        return GenerationConfig(**{**theirs, **mine})
+        own, inherited = self.given, base.given
+        samples = self.samples
+        if samples is False or self.num_beams not in (None, 1):
+            inherited = {k: v for k, v in inherited.items() if k not in (*_SAMPLING, "do_sample")}
+        elif samples and inherited.get("do_sample") is False:
+            inherited.pop("do_sample")
+        if inherited.get("temperature") == 0 and samples:
+            inherited.pop("temperature")
+        if samples:
+            inherited = {k: v for k, v in inherited.items() if k != "num_beams" and k not in _BEAMS}
+        for name, alternative in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
+            if name in own:
+                inherited.pop(alternative, None)
+        if any(name in own for name in _STRUCTURED):
+            inherited = {k: v for k, v in inherited.items() if k not in _STRUCTURED}
+        return GenerationConfig(**{**inherited, **own})
 
     def resolve(self, model: GenerationConfig | None = None, *, room: int, prompt_tokens: int = 0) -> GenerationConfig:
-        """Every option filled in: this one's, else the model's, else the default.
+        """Fill in every option: from this config, else from the model's, else the default.
 
         Args:
             model: the model's own options.
-            room: tokens that the context window has left for the reply; the default and the upper bound of its length.
-            prompt_tokens: length of the prompt, which `max_length` counts too.
+            room: tokens of the context window left for the reply; default and upper bound of its length.
+            prompt_tokens: length of the prompt, which `max_length` includes.
         """
         merged = self.merged_over(model) if model is not None else self
         values = {**DEFAULTS, **merged.given}
-        values["do_sample"] = bool(merged._samples())
+        values["do_sample"] = bool(merged.samples)
         if values["temperature"] == 0:
             values["temperature"] = DEFAULTS["temperature"]
-        limit = values.pop("max_length", None)
-        wanted = values.get("max_new_tokens") or (max(limit - prompt_tokens, 1) if limit else room)
-        values["max_new_tokens"] = min(wanted, room)
+        max_length = values.pop("max_length", None)
+        max_new_tokens = values.get("max_new_tokens")
+        if max_new_tokens is None:
+            max_new_tokens = room if max_length is None else max(max_length - prompt_tokens, 1)
+        values["max_new_tokens"] = min(max_new_tokens, room)
         values["min_new_tokens"] = min(values["min_new_tokens"], values["max_new_tokens"])
         if values["do_sample"] and values.get("seed") is None:
             values["seed"] = secrets.randbits(32)
         return GenerationConfig(**values)
 
-    # -- to the engine -----------------------------------------------------------------------------------------------
-
-    def to_genai(self) -> openvino_genai.GenerationConfig:
-        """The same as an `openvino_genai.GenerationConfig`, for use with that library directly.
+    def to_genai(self) -> Any:
+        """The same options as an `openvino_genai.GenerationConfig`, for use with that library directly.
 
         Raises:
-            ConfigError: an option that GenAI does not have.
+            ConfigError: GenAI does not have an option.
         """
-        return config_names.to_genai(self)
+        if unsupported := self.infer_request_options:
+            raise ConfigError(
+                f"{unsupported[0]} has no counterpart in OpenVINO GenAI; load with backend='infer_request' to use it."
+            )
+        return genai.to_genai(self.given, do_sample=bool(self.samples))
 
-    def own_loop(self) -> str | None:
-        """The first option given that only `backend="infer_request"` has, as it was written; None without one."""
-        given = self._set(OWN_LOOP)
-        return self._show(given[0]) if given else None
+    # -- properties that depend on several options -------------------------------------------------------------------
 
-    def _is_search(self) -> bool:
-        """Whether it asks for several replies to choose from, which cannot be streamed."""
-        return (self.num_beams or 1) > 1 or (self.num_return_sequences or 1) > 1
+    @property
+    def infer_request_options(self) -> tuple[str, ...]:
+        """Options in use that only `backend="infer_request"` has, each as "name=value"."""
+        return tuple(self._show(name) for name in self._in_use(INFER_REQUEST_OPTIONS))
 
-    def _samples(self) -> bool | None:
-        """Whether this record asks for sampling (True), for greedy (False), or leaves it open (None)."""
+    @property
+    def is_multi_sequence(self) -> bool:
+        """Whether the reply comes from several sequences (beams or samples), which cannot be streamed."""
+        return self.num_sequences > 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run at once: beams, or samples."""
+        return max(self.num_beams or 1, self.num_return_sequences or 1)
+
+    @property
+    def samples(self) -> bool | None:
+        """Whether these options ask for sampling (True) or greedy decoding (False); None if they leave it open."""
         if self.do_sample is not None:
             return self.do_sample
         if self.temperature is not None:
             return self.temperature > 0
-        return True if self._set(_SAMPLING) else None
+        return True if self._in_use(_SAMPLING) else None
 
-    def _set(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that were given with a value that changes something."""
+    def _in_use(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are given with a value that has an effect."""
         return [n for n in names if getattr(self, n) is not None and getattr(self, n) != DEFAULTS.get(n)]
 
     def _check_contradictions(self) -> None:
         beams = self.num_beams or 1
-        sampling = self._set(_SAMPLING)
+        sampling = self._in_use(_SAMPLING)
         if self.do_sample and self.temperature == 0:
             raise _contradiction("do_sample=True", "temperature=0", "temperature 0 is greedy; leave one of them out")
-        if self._samples() is False and (useless := [n for n in sampling if getattr(self, n) != 0]):
-            why = "do_sample=False" if self.do_sample is False else "temperature=0"
-            raise _contradiction(why, self._show(useless[0]), "a greedy reply does not sample; leave one of them out")
-        if beams > 1 and self._samples():
+        if self.samples is False and (useless := [n for n in sampling if getattr(self, n) != 0]):
+            greedy = "do_sample=False" if self.do_sample is False else "temperature=0"
+            reason = "a greedy reply does not sample; leave one of them out"
+            raise _contradiction(greedy, self._show(useless[0]), reason)
+        if beams > 1 and self.samples:
             other = self._show((sampling or ["do_sample" if self.do_sample else "temperature"])[0])
             raise _contradiction(f"num_beams={beams}", other, "beam search does not sample; leave one of them out")
-        if beams == 1 and (useless := self._set(_BEAMS)):
-            raise _contradiction(self._show(useless[0]), "num_beams=1", "it works with beam search only; set num_beams")
+        if beams == 1 and (useless := self._in_use(_BEAMS)):
+            reason = "it works with beam search only; set num_beams"
+            raise _contradiction(self._show(useless[0]), "num_beams=1", reason)
         self._check_counts(beams)
-        if len(given := self._set(_STRUCTURED)) > 1:
-            raise _contradiction(given[0], given[1], "a reply follows one structure; give one of them")
-        if given and beams > 1:
-            raise _contradiction(given[0], f"num_beams={beams}", "structured replies are sampled or greedy")
+        structures = self._in_use(_STRUCTURED)
+        if len(structures) > 1:
+            raise _contradiction(structures[0], structures[1], "a reply follows one structure; give one of them")
+        if structures and beams > 1:
+            raise _contradiction(structures[0], f"num_beams={beams}", "structured replies are sampled or greedy")
         if self.num_assistant_tokens is not None and self.assistant_confidence_threshold is not None:
-            raise _contradiction(*_ASSISTED[:2], "give the number of candidates or their confidence")
+            raise _contradiction(*_ASSISTED, "give the number of candidates or their confidence")
         if self.max_ngram_size is not None and self.num_assistant_tokens is None:
             raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
 
     def _check_counts(self, beams: int) -> None:
-        """Contradictions between numbers of tokens, beams and sequences."""
+        """Check for contradictions between numbers of tokens, beams and sequences."""
         if self.max_new_tokens is not None and self.max_length is not None:
             raise _contradiction(self._show("max_new_tokens"), self._show("max_length"), "give one of them")
         if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
-            raise _contradiction(
-                self._show("min_new_tokens"), self._show("max_new_tokens"), "the least is above the most"
-            )
-        groups, wanted = self.num_beam_groups or 1, self.num_return_sequences or 1
+            reason = "the minimum is above the maximum"
+            raise _contradiction(self._show("min_new_tokens"), self._show("max_new_tokens"), reason)
+        groups, sequences = self.num_beam_groups or 1, self.num_return_sequences or 1
         if beams % groups:
             raise _contradiction(f"num_beams={beams}", f"num_beam_groups={groups}", "the groups must divide the beams")
-        if self._set(["diversity_penalty"]) and groups == 1:
+        if self._in_use(["diversity_penalty"]) and groups == 1:
             raise _contradiction(self._show("diversity_penalty"), "num_beam_groups=1", "it works between groups")
-        if wanted > 1 and beams == 1 and self._samples() is False:
-            raise _contradiction(f"num_return_sequences={wanted}", "greedy", "greedy replies are all the same")
-        if beams > 1 and wanted > beams:
+        if sequences > 1 and beams == 1 and self.samples is False:
+            raise _contradiction(f"num_return_sequences={sequences}", "greedy", "greedy replies are all the same")
+        if beams > 1 and sequences > beams:
             raise _contradiction(
-                f"num_return_sequences={wanted}", f"num_beams={beams}", "there are not that many beams"
+                f"num_return_sequences={sequences}", f"num_beams={beams}", "there are not that many beams"
             )
 
     def _show(self, name: str) -> str:
@@ -335,14 +350,18 @@ class GenerationConfig:
 
 
 def check_names(options: Iterable[str]) -> None:
-    """Refuse option names that do not exist, naming the nearest, or what another API's name is called here."""
-    valid = GenerationConfig.__dataclass_fields__
+    """Refuse unknown option names.
+
+    Raises:
+        ConfigError: a name is unknown; the message gives the nearest name, or our name for another API's option.
+    """
+    known = GenerationConfig.__dataclass_fields__
     for name in options:
-        if name not in valid:
-            alias = config_names.ALIASES.get(name)
-            hint = f" It is called {alias!r} here." if alias else did_you_mean(name, valid)
-            raise ConfigError(f"Unknown option {name!r}.{hint} All options: {', '.join(valid)}.")
+        if name not in known:
+            alias = ALIASES.get(name)
+            hint = f" It is called {alias!r} here." if alias else did_you_mean(name, known)
+            raise ConfigError(f"Unknown option {name!r}.{hint} All options: {', '.join(known)}.")
 
 
-def _contradiction(one: str, other: str, why: str) -> ConfigError:
-    return ConfigError(f"{one} contradicts {other}: {why}.")
+def _contradiction(option: str, other: str, reason: str) -> ConfigError:
+    return ConfigError(f"{option} contradicts {other}: {reason}.")

@@ -1,8 +1,8 @@
-"""What the latency figures of a reply mean, computed from raw timestamps.
+"""Latency of a reply, computed from timestamps.
 
-Two clocks are kept apart. The *engine* clock is the one of `openvino_genai`: it starts inside `generate` and stamps a
-token before it is decoded or handed out. Ours starts when the request is made and stamps a token when it reaches the
-consumer's side, so it also holds what comes between: waiting for another request, tokenization and the callback.
+There are two clocks. The *engine* clock is `openvino_genai`'s: it starts inside `generate` and stamps a token before it
+is decoded and passed on. Our clock starts when the request is made and stamps a token when it reaches the consumer's
+side, so it includes tokenization, the wait for other requests and the callback.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class Metrics:
     Attributes:
         prompt_tokens: length of the prompt.
         generated_tokens: length of the reply, end token included.
-        reused_tokens: prompt tokens whose keys and values were taken from the cache; None where that cannot be known
-            (a scheduler of the caller's own with cache eviction or sparse attention).
-        ttft_ms: time to first token, from the request to the first token id (None if there was none).
-        first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` where the first tokens
-            are half a character or may begin a stop string.
-        tpot_ms: time per output token, (last token - first token) / (tokens - 1), the definition of vLLM's serving
-            benchmark; None for fewer than two tokens.
-        total_ms: from the request to the end.
-        queue_ms: the part of `ttft_ms` spent waiting for earlier requests on the same pipeline.
-        token_times_ms: when each token came, counted from the request. Tokens that came in one step have one time.
-        engine_ttft_ms: time to first token by the engine's own clock; None where it has none.
-        engine_tpot_ms: mean gap between tokens by the engine's own clock; None where it has none.
-        recomputed_tokens: tokens computed a second time because the reply grew past the LongRoPE boundary; the gap
-            before the first token past it holds that prefill. 0 for all other replies and models.
+        reused_tokens: prompt tokens whose keys and values came from the cache; None if unknown (a scheduler config of
+            the caller with cache eviction or sparse attention).
+        ttft_ms: time to first token (TTFT), from the request to the first token id; None without a token.
+        first_text_ms: from the request to the first text that can be shown; later than `ttft_ms` if the first tokens
+            are part of a character or may start a stop string.
+        tpot_ms: time per output token (TPOT), (last token - first token) / (tokens - 1), the definition of vLLM's
+            serving benchmark; None for fewer than two tokens.
+        total_ms: from the request to the end of the reply.
+        queue_ms: the part of `ttft_ms` spent in the request queue, waiting for earlier requests on the same pipeline.
+        token_times_ms: time of each token, counted from the request. Tokens of one step have the same time.
+        engine_ttft_ms: time to first token by the engine's clock; None if it has none.
+        engine_tpot_ms: mean gap between tokens by the engine's clock; None if it has none.
+        recomputed_tokens: tokens computed a second time because the reply crossed the LongRoPE boundary. The gap before
+            the first token behind the boundary includes that prefill. 0 for all other replies and models.
     """
 
     prompt_tokens: int
@@ -57,7 +57,7 @@ class Metrics:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Output rate while decoding, 1000 / `tpot_ms`; the first token is left out, as its time is the prompt's."""
+        """Output rate while decoding, 1000 / `tpot_ms`; without the first token, whose time is the prefill's."""
         return 1000.0 / self.tpot_ms if self.tpot_ms else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +80,7 @@ class Metrics:
         cls,
         *,
         requested: float,
+        queued: float | None = None,
         started: float | None,
         tokens: Sequence[float],
         first_text: float | None,
@@ -90,12 +91,27 @@ class Metrics:
         engine_tpot_ms: float | None = None,
         recomputed_tokens: int = 0,
     ) -> Metrics:
-        """From stamps of one clock, in seconds: request, start of the engine, each token, first text, end."""
+        """From stamps of one clock, in seconds.
+
+        Args:
+            requested: the request was made.
+            queued: the request joined the queue, after tokenization; default: `requested`.
+            started: the engine started on the request; None if it never did.
+            tokens: each token.
+            first_text: the first text that can be shown; None without text.
+            ended: the reply ended.
+            prompt_tokens: see the attribute.
+            reused_tokens: see the attribute.
+            engine_ttft_ms: see the attribute.
+            engine_tpot_ms: see the attribute.
+            recomputed_tokens: see the attribute.
+        """
 
         def since(stamp: float | None) -> float | None:
             return None if stamp is None else (stamp - requested) * 1000.0
 
         count = len(tokens)
+        left_queue = ended if started is None else started
         return cls(
             prompt_tokens=prompt_tokens,
             generated_tokens=count,
@@ -104,7 +120,7 @@ class Metrics:
             first_text_ms=since(first_text),
             tpot_ms=(tokens[-1] - tokens[0]) * 1000.0 / (count - 1) if count and tokens[-1] > tokens[0] else None,
             total_ms=(ended - requested) * 1000.0,
-            queue_ms=((started if started is not None else ended) - requested) * 1000.0,
+            queue_ms=max(left_queue - (requested if queued is None else queued), 0.0) * 1000.0,
             token_times_ms=tuple((t - requested) * 1000.0 for t in tokens),
             engine_ttft_ms=engine_ttft_ms,
             engine_tpot_ms=engine_tpot_ms,

@@ -1,24 +1,24 @@
-"""The names that generation options have elsewhere: in openvino_genai, in Hugging Face's config, in OpenAI's API.
+"""Names of the generation options in openvino_genai, in Hugging Face's config and in OpenAI's API.
 
-One table a vocabulary. `docs/options.md` is generated from them, and a test holds them against the installed
-openvino_genai, so that a field which a new release adds cannot go unnoticed.
+There is one table for each vocabulary. `docs/options.md` is generated from them, and a test compares them with the
+installed openvino_genai, so a field that a new release adds is noticed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ov_phi3.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    import openvino_genai
-
-    from ov_phi3.generation.config import GenerationConfig
-
-__all__ = ["ALIASES", "GENAI", "GENAI_UNREACHABLE", "HF", "HF_NEUTRAL", "OPENAI", "OPENAI_PASSED_BY"]
+__all__ = [
+    "ALIASES",
+    "GENAI",
+    "GENAI_UNSUPPORTED",
+    "HF",
+    "HF_IGNORED",
+    "HF_NO_EFFECT",
+    "OPENAI",
+    "OPENAI_IGNORED",
+    "OPENAI_NO_EFFECT",
+]
 
 GENAI = {
     "max_new_tokens": "max_new_tokens",
@@ -49,9 +49,9 @@ GENAI = {
     "max_ngram_size": "max_ngram_size",
     "structured_output_config": "json_schema, regex, grammar",
 }
-"""Field of `openvino_genai.GenerationConfig` -> option here."""
+"""Field of `openvino_genai.GenerationConfig` -> our option, or several."""
 
-GENAI_UNREACHABLE = {
+GENAI_UNSUPPORTED = {
     "eos_token_id": "A reply ends on all of the model's end tokens, not on one: see `pipe.info.eos_token_ids`.",
     "apply_chat_template": "Always off: the prompt is templated here, exactly once; `Raw` text and ids are not.",
     "echo": "A stream holds the reply only; the prompt's ids are `result.prompt_token_ids`.",
@@ -64,7 +64,7 @@ GENAI_UNREACHABLE = {
     "branching_factor": "For tree search with an EAGLE draft model, which no Phi-3 model has.",
     "tree_depth": "For tree search with an EAGLE draft model, which no Phi-3 model has.",
 }
-"""Field of `openvino_genai.GenerationConfig` that has no option here -> why."""
+"""Field of `openvino_genai.GenerationConfig` without an option here -> the reason."""
 
 HF = {
     "max_new_tokens": "max_new_tokens",
@@ -89,10 +89,9 @@ HF = {
     "assistant_confidence_threshold": "assistant_confidence_threshold",
     "max_matching_ngram_size": "max_ngram_size",
 }
-"""Key of Hugging Face's `generation_config.json` -> option here."""
+"""Key of Hugging Face's `generation_config.json` -> our option."""
 
-# Keys that say nothing about the reply (who wrote the file, ids that the model directory's other files give too) ...
-HF_PASSED_BY = (
+HF_IGNORED = (
     "_from_model_config",
     "transformers_version",
     "bos_token_id",
@@ -112,9 +111,9 @@ HF_PASSED_BY = (
     "compile_config",
     "remove_invalid_values",
 )
+"""Keys that do not affect the reply: metadata of the file, and token ids that other files of the model hold too."""
 
-# ... and keys that have no counterpart, with the values at which they change nothing. null never changes anything.
-HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+HF_NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
@@ -146,7 +145,7 @@ HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prefill_chunk_size": (),
     "assistant_early_exit": (),
 }
-"""Key of Hugging Face's config without a counterpart here -> values that change nothing."""
+"""Key of Hugging Face's config without an option here -> values that change nothing. null changes nothing anywhere."""
 
 OPENAI = {
     "max_tokens": "max_new_tokens",
@@ -162,168 +161,20 @@ OPENAI = {
     "logit_bias": "logit_bias",
     "top_logprobs": "top_logprobs",
 }
-"""Parameter of OpenAI's chat completions -> option here."""
+"""Parameter of OpenAI's chat completions -> our option."""
 
-OPENAI_PASSED_BY = ("model", "messages", "stream", "stream_options", "user", "store", "metadata")
-"""Parameters of a chat completion that say nothing about how the reply is generated."""
+OPENAI_IGNORED = ("model", "messages", "stream", "stream_options", "user", "store", "metadata")
+"""Parameters of a chat completion that do not affect the reply."""
 
-_OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
+OPENAI_NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "logprobs": (False, True),
     "tools": ([],),
     "tool_choice": ("none",),
 }
+"""Parameter of a chat completion without an option here -> values that change nothing."""
 
 ALIASES = {
     **{name: ours for name, ours in {**HF, **OPENAI}.items() if name != ours},
     **{name: ours for name, ours in GENAI.items() if name != ours},
 }
-"""What an option is called elsewhere -> what it is called here; for error messages."""
-
-
-def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None = None) -> dict[str, Any]:
-    """Hugging Face's names to ours.
-
-    Args:
-        source: a dict, a `generation_config.json`, or a directory that holds one.
-        dropped: where given, keys that cannot be honoured are described in it instead of raising; for a model's own
-            file, which its user did not write.
-
-    Raises:
-        ConfigError: an unreadable file, or a key that is unknown or would change the reply and has no counterpart.
-    """
-    out: dict[str, Any] = {}
-    for key, value in _hf_dict(source).items():
-        if value is None or key in HF_PASSED_BY:
-            continue
-        if key in HF:
-            out[HF[key]] = _STOP_CRITERIA.get(value, value) if key == "early_stopping" else value
-        elif value not in HF_NEUTRAL.get(key, ()):
-            problem = _hf_problem(key, value)
-            if dropped is None:
-                raise ConfigError(problem)
-            dropped.append(problem)
-    if "max_new_tokens" in out:
-        out.pop("max_length", None)  # as Hugging Face has it: max_new_tokens goes before max_length
-    if out.get("num_beams", 1) == 1:
-        out.pop("stop_criteria", None)  # transformers writes early_stopping=false beside num_beams=1
-    if not out.get("do_sample"):
-        _drop_sampling(out, strict=dropped is None)
-    return out
-
-
-def _drop_sampling(out: dict[str, Any], *, strict: bool) -> None:
-    """Take out sampling options that Hugging Face ignores because do_sample is not true, which is its default."""
-    for key, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50), ("min_p", 0.0)):
-        value = out.pop(key, neutral)
-        if strict and value != neutral and not (key == "top_k" and value == 0):
-            raise ConfigError(
-                f"{key}={value!r} has no effect in a Hugging Face config without do_sample=true. Add that, or leave "
-                f"{key} out."
-            )
-
-
-_STOP_CRITERIA: dict[Any, str] = {True: "early", False: "heuristic", "never": "never"}
-
-
-def _hf_dict(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"expected a dict or a path, not {type(source).__name__}")
-    path = Path(source)
-    path = path / "generation_config.json" if path.is_dir() else path
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"{path} could not be read as a generation config: {exc}.") from exc
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected a JSON object.")
-    return loaded
-
-
-def _hf_problem(key: str, value: object) -> str:
-    if key in HF_NEUTRAL:
-        return f"{key}={value!r} would change the reply and has no counterpart in OpenVINO GenAI; leave it out."
-    return f"Unknown key {key!r} in a Hugging Face generation config.{did_you_mean(key, (*HF, *HF_NEUTRAL))}"
-
-
-def from_openai(request: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's names to ours.
-
-    Raises:
-        ConfigError: a parameter that is unknown, or that has no counterpart here.
-    """
-    if not isinstance(request, Mapping):
-        raise TypeError(f"expected a dict of chat-completion parameters, not {type(request).__name__}")
-    out: dict[str, Any] = {}
-    for key, value in request.items():
-        if value is None or key in OPENAI_PASSED_BY:
-            continue
-        if key == "response_format":
-            out.update(_response_format(value))
-        elif key in OPENAI:
-            ours = OPENAI[key]
-            if ours in out and out[ours] != value:
-                raise ConfigError(f"max_tokens and max_completion_tokens are both given: {out[ours]!r} and {value!r}.")
-            out[ours] = value
-        elif value not in _OPENAI_NEUTRAL.get(key, ()):
-            known = (*OPENAI, *OPENAI_PASSED_BY, *_OPENAI_NEUTRAL)
-            detail = "is not supported here" if key in _OPENAI_NEUTRAL else "is not a parameter known here"
-            raise ConfigError(f"{key}={value!r} {detail}.{'' if key in known else did_you_mean(key, known)}")
-    if request.get("logprobs"):
-        out.setdefault("top_logprobs", 0)
-    elif wanted := out.pop("top_logprobs", 0):
-        raise ConfigError(f"top_logprobs={wanted!r} needs logprobs=true.")
-    if out.get("temperature") == 0:
-        out.pop("top_p", None)  # OpenAI's clients send both; at temperature 0 there is nothing left to choose from
-    return out
-
-
-def _response_format(value: object) -> dict[str, Any]:
-    """OpenAI's response_format as a json_schema option."""
-    kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"json_schema": {"type": "object"}}
-    if kind == "json_schema" and isinstance(value, Mapping):
-        inner = value.get("json_schema")
-        schema = inner.get("schema") if isinstance(inner, Mapping) else None
-        if isinstance(schema, Mapping):
-            return {"json_schema": dict(schema)}
-    raise ConfigError(
-        f"response_format={value!r}; expected {{'type': 'text'}}, {{'type': 'json_object'}} or "
-        "{'type': 'json_schema', 'json_schema': {'schema': {...}}}."
-    )
-
-
-def to_genai(config: GenerationConfig) -> openvino_genai.GenerationConfig:
-    """One of our configs as an `openvino_genai.GenerationConfig`; options not given keep GenAI's own defaults."""
-    from ov_phi3.system.core import import_openvino
-
-    import_openvino()
-    import openvino_genai
-
-    if own := config.own_loop():
-        raise ConfigError(f"{own} has no counterpart in OpenVINO GenAI; load with backend='infer_request' to use it.")
-    out = openvino_genai.GenerationConfig()
-    out.apply_chat_template = False
-    given = config.given
-    for theirs, ours in GENAI.items():
-        value = given.get(ours)
-        if value is None or theirs == "structured_output_config":
-            continue
-        if theirs in ("stop_strings", "stop_token_ids"):
-            value = set(value)
-        elif theirs == "stop_criteria":
-            value = getattr(openvino_genai.StopCriteria, value.upper())
-        elif theirs in ("top_k", "no_repeat_ngram_size") and value == 0:
-            continue  # GenAI's "off" is the largest size_t, which is its default
-        elif theirs == "temperature" and value == 0:
-            continue
-        setattr(out, theirs, value)
-    out.do_sample = bool(config._samples())
-    structured = {name: given[name] for name in ("json_schema", "regex", "grammar") if name in given}
-    if structured:
-        out.structured_output_config = openvino_genai.StructuredOutputConfig(**structured)
-    return out
+"""Name of an option in another vocabulary -> our name, where they differ; for error messages."""

@@ -1,4 +1,4 @@
-"""What a stream yields and what it amounts to."""
+"""Values that generation returns: chunks of a stream, whole replies, scores."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from ov_phi3.generation.metrics import Metrics
 
 __all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"]
 
-_LARGEST_LOG = 709.0  # exp of more is no float64
+_MAX_EXPONENT = 709.0  # exp of more overflows a float64
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
-"""Why a reply ended: an end token or stop string, its length limit, someone cancelled it, or its time was up."""
+"""Why a reply ended: an end token or stop string, its length limit, cancellation, or its `timeout`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """What the model thought of a token before it was chosen: natural logarithms of probabilities, by the model's own
-    logits, before penalties, biases, processors and temperature.
+    """Log-probability of a generated token: the natural logarithm of its probability by the model's own logits, before
+    penalties, biases, processors and temperature.
 
     Attributes:
         token_id: the token.
         logprob: its log-probability.
-        top: the likeliest tokens at its place and their log-probabilities, likeliest first; `top_logprobs` of them.
+        top: the most likely tokens at its position and their log-probabilities, in descending order; `top_logprobs` of
+            them.
     """
 
     token_id: int
@@ -42,10 +43,10 @@ class StreamChunk:
     """One step of a reply.
 
     Attributes:
-        text: text that is whole now; may be empty while a character or a possible stop string is incomplete.
-        token_ids: the step's ids, one or several; the last chunk can have text and no ids.
-        finish_reason: on the last chunk why the reply ended, on all others None.
-        logprobs: one for each of `token_ids` where `top_logprobs` was given; otherwise empty.
+        text: text that can be shown now; empty while a character or a possible stop string is incomplete.
+        token_ids: ids of the step, one or several; the last chunk can have text and no ids.
+        finish_reason: why the reply ended, on the last chunk; None on all others.
+        logprobs: one for each of `token_ids` if `top_logprobs` is given; otherwise empty.
     """
 
     text: str
@@ -56,13 +57,13 @@ class StreamChunk:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One more reply to the same prompt, from beams or several samples.
+    """One of several replies to the same prompt, from beams or samples.
 
     Attributes:
-        text: its text.
+        text: the reply.
         token_ids: its ids, end token included.
         finish_reason: why it ended.
-        score: the engine's score, higher is better.
+        score: the engine's score; higher is better.
     """
 
     text: str
@@ -76,17 +77,17 @@ class GenerationResult:
     """A whole reply.
 
     Attributes:
-        text: the reply; special tokens and, unless asked for, the stop string are left out.
+        text: the reply, without special tokens, and without the stop string unless `include_stop` is set.
         token_ids: its ids as generated, end token included.
         finish_reason: "stop", "length", "cancelled" or "timeout".
         metrics: its latency.
-        config: every option as it was used, a drawn seed included.
-        prompt_token_ids: the prompt's ids.
-        stop_string: the stop string that ended it, or None.
+        config: all options as used, including a drawn seed.
+        prompt_token_ids: ids of the prompt.
+        stop_string: the stop string that ended the reply, or None.
         alternatives: with beams or `num_return_sequences`, all replies, this one first; otherwise empty.
-        dropped_messages: in a chat with `overflow="drop_oldest"`, the messages that were dropped to make room for this
-            turn, oldest first; otherwise empty.
-        logprobs: one for each of `token_ids` where `top_logprobs` was given; otherwise empty.
+        dropped_messages: in a chat with `overflow="drop_oldest"`, the messages dropped to make room for this turn,
+            oldest first; otherwise empty.
+        logprobs: one for each of `token_ids` if `top_logprobs` is given; otherwise empty.
     """
 
     text: str
@@ -104,7 +105,7 @@ class GenerationResult:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the prompt's ids as JSON-ready values."""
+        """Everything except the prompt's ids, as JSON-ready values."""
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -123,11 +124,11 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely the model finds a continuation of a prompt.
+    """Log-probability of a continuation, given a prompt.
 
     Attributes:
-        token_ids: the continuation's ids.
-        logprobs: the log-probability (natural) of each, given the prompt and all ids before it.
+        token_ids: ids of the continuation.
+        logprobs: natural log-probability of each id, given the prompt and all ids before it.
     """
 
     token_ids: list[int]
@@ -140,6 +141,6 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the negative mean log-probability; infinite where the model rules a token out."""
+        """Exp of the negative mean log-probability; infinite if a token has probability 0."""
         mean = -self.total / len(self.logprobs)
-        return math.exp(mean) if mean < _LARGEST_LOG else math.inf
+        return math.exp(mean) if mean < _MAX_EXPONENT else math.inf

@@ -1,20 +1,43 @@
-"""Checks of single options: types, ranges, and what text the engine can take."""
+"""Checks of single generation options: type, range, and text that the engine can take.
+
+Each function takes the value of an option, returns it in the form that `GenerationConfig` keeps, and lets None through.
+NumPy's scalars are accepted and become Python's.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import numbers
+import operator
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ov_phi3.checks import whole_number
 from ov_phi3.errors import ConfigError
 
-_LARGEST = 2**63 - 1
+__all__ = [
+    "BOOLEANS",
+    "INTEGERS",
+    "NUMBERS",
+    "boolean",
+    "integer",
+    "logit_bias",
+    "number",
+    "pattern",
+    "processors",
+    "schema_text",
+    "stop_strings",
+    "token_ids",
+]
 
-# Bounds as openvino_genai's GenerationConfig::validate() has them, checked here so that the message is ours and comes
-# first.
-INTEGERS = {
+_INT64_MAX = 2**63 - 1
+
+# The bounds are those of openvino_genai's GenerationConfig::validate(). They are checked here first, for a better
+# message.
+INTEGERS: dict[str, tuple[int, int | None]] = {
     "max_new_tokens": (1, None),
     "max_length": (2, None),
     "min_new_tokens": (0, None),
@@ -28,7 +51,9 @@ INTEGERS = {
     "max_ngram_size": (1, None),
     "top_logprobs": (0, 20),
 }
-NUMBERS = {
+"""Integer option -> smallest and largest value; None is the largest int64."""
+
+NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "temperature": (0.0, None),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
@@ -39,7 +64,11 @@ NUMBERS = {
     "length_penalty": (None, None),
     "assistant_confidence_threshold": (0.0, 1.0),
 }
+"""Float option -> smallest and largest value; None is no bound."""
+
 BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
+"""Boolean options."""
+
 _EXCLUSIVE_BOUNDS = {
     "top_p": "low",
     "min_p": "high",
@@ -48,124 +77,188 @@ _EXCLUSIVE_BOUNDS = {
 }
 
 
-def check_bool(name: str, value: object) -> None:
-    """Refuse what is not True, False or None."""
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+def boolean(name: str, value: object) -> bool | None:
+    """Check a boolean option.
+
+    Raises:
+        TypeError: the value is not True or False.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    numpy = sys.modules.get("numpy")  # a NumPy boolean exists only where NumPy is imported already
+    if numpy is not None and isinstance(value, numpy.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_text(name: str, value: object) -> None:
-    """Refuse what is not a usable text, or None."""
+def integer(name: str, value: object, low: int, high: int | None) -> int | None:
+    """Check an integer option from `low` to `high`; None is the largest int64.
+
+    Raises:
+        ConfigError: the value is out of range.
+        TypeError: the value is not an integer.
+    """
     if value is None:
-        return
+        return None
+    checked = whole_number(name, value, least=low, most=high)
+    return checked if high is not None else whole_number(name, checked, most=_INT64_MAX)
+
+
+def number(name: str, value: object, low: float | None, high: float | None) -> float | None:
+    """Check a float option from `low` to `high`; None is no bound. Python's integers stay integers.
+
+    Raises:
+        ConfigError: the value is out of range, not finite, or not 0 but too small for a float32.
+        TypeError: the value is not a number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    plain = _as_python(value)
+    rounded = _as_float32(plain)
+    exclusive = _EXCLUSIVE_BOUNDS.get(name)
+    below = low is not None and (rounded < low or (exclusive == "low" and rounded == low))
+    above = high is not None and (rounded > high or (exclusive == "high" and rounded == high))
+    vanishes = rounded == 0 and plain != 0
+    if below or above or vanishes or not math.isfinite(rounded):
+        least = "" if low is None else f" {'above' if exclusive == 'low' else 'at least'} {low}"
+        most = "" if high is None else f" {'below' if exclusive == 'high' else 'at most'} {high}"
+        both = " and" if least and most else ""
+        is_huge = isinstance(plain, int) and plain.bit_length() > 128
+        shown = f"an integer of {int(plain).bit_length()} bits" if is_huge else str(plain)
+        raise ConfigError(f"{name}={shown} is out of range: expected a finite number{least}{both}{most}.")
+    return plain
+
+
+def _as_python(value: numbers.Real) -> int | float:
+    """A Python integer from any kind of integer, a Python float from any other real number."""
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    try:
+        return float(value)
+    except OverflowError:  # a fraction too large for a float
+        return math.inf
+
+
+def _as_float32(value: float) -> float:
+    """The number as the engine stores it: infinite if it is too large for a float32, 0 if it is too small."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except (OverflowError, struct.error):  # too large for a float32, or for any float
+        return math.inf
+
+
+def pattern(name: str, value: object) -> str | None:
+    """Check a regular expression or a grammar.
+
+    Raises:
+        ConfigError: it is empty, or the engine cannot take one of its characters.
+        TypeError: the value is not a string.
+    """
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, not {type(value).__name__}")
     if not value:
         raise ConfigError(f"{name} is empty; leave it out or give a pattern.")
-    check_characters(name, value)
+    _check_characters(name, value)
+    return value
 
 
-def check_characters(name: str, text: str) -> None:
-    """Refuse what the engine would cut off or could not take."""
+def _check_characters(name: str, text: str) -> None:
+    """Refuse NUL, at which the engine would cut the text, and lone surrogates, which UTF-8 cannot encode."""
     if "\0" in text:
-        raise ConfigError(f"{name} holds a NUL character, at which the engine would cut it off.")
+        raise ConfigError(f"{name} holds a NUL character; the engine would ignore the text behind it.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:
         raise ConfigError(f"{name} holds a lone surrogate, {text[exc.start]!r}, which is half a character.") from exc
 
 
-def check_number(name: str, value: object, low: float | None, high: float | None, *, whole: bool) -> None:
-    """Refuse what is not a number within its bounds (`low`, `high`), or None."""
-    if value is None:
-        return
-    kind: Any = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
-    assert isinstance(value, (int, float))
-    if whole:
-        high = _LARGEST if high is None else high
-        held: float = value
-    else:
-        held = _as_float32(value)
-    edge = _EXCLUSIVE_BOUNDS.get(name)
-    below = low is not None and (held < low or (edge == "low" and held == low))
-    above = high is not None and (held > high or (edge == "high" and held == high))
-    vanished = held == 0 and value != 0
-    if below or above or vanished or (not whole and not math.isfinite(held)):
-        least = "" if low is None else f" {'above' if edge == 'low' else 'at least'} {low}"
-        most = "" if high is None else f" {'below' if edge == 'high' else 'at most'} {high}"
-        both = " and" if least and most else ""
-        shown = str(value) if len(str(value)) < 40 else str(value)[:20] + "..."
-        finite = "a whole number" if whole else "a finite number"
-        raise ConfigError(f"{name}={shown} is out of range: expected {finite}{least}{both}{most}.")
-
-
-def _as_float32(value: float) -> float:
-    """The number as the engine holds it: what is too large is infinite, what is too small is 0."""
-    try:
-        return float(struct.unpack("f", struct.pack("f", value))[0])
-    except (OverflowError, struct.error):  # past a float, past any float
-        return math.inf
-
-
 def stop_strings(value: object) -> tuple[str, ...] | None:
-    """Stop strings as a tuple, each once."""
+    """Check stop strings, one or several, and return them without duplicates.
+
+    Raises:
+        ConfigError: one of them is empty, or holds a lone surrogate.
+        TypeError: the value is not a string or a list of strings.
+    """
     if value is None:
         return None
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple, set, frozenset)) or not all(isinstance(s, str) for s in items):
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, (list, tuple, set, frozenset)) or not all(isinstance(stop, str) for stop in stops):
         raise TypeError(f"stop must be a string or a list of strings, not {value!r}")
-    if "" in items:
+    if "" in stops:
         raise ConfigError("stop holds an empty string, which would end every reply at once; leave it out.")
-    for item in items:
-        check_characters("stop", item.replace("\0", ""))
-    return tuple(dict.fromkeys(items))
+    for stop in stops:
+        _check_characters("stop", stop.replace("\0", ""))
+    return tuple(dict.fromkeys(stops))
 
 
 def token_ids(value: object) -> tuple[int, ...] | None:
-    """Token ids as a tuple, each once."""
+    """Check the ids of `stop_token_ids` and return them without duplicates.
+
+    Raises:
+        ConfigError: an id is negative, or larger than an int64.
+        TypeError: the value is not a list of integers.
+    """
     if value is None:
         return None
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise TypeError(f"stop_token_ids must be a list of token ids, not {value!r}")
-    for item in value:
-        check_number("stop_token_ids", item, 0, None, whole=True)
-    return tuple(dict.fromkeys(value))
+    return tuple(dict.fromkeys(whole_number("stop_token_ids", i, least=0, most=_INT64_MAX) for i in value))
 
 
 def logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
-    """Biases by token id, sorted, as pairs, which can be hashed; ids may be text, as in OpenAI's JSON."""
+    """Check biases by token id, and return them as sorted pairs, which can be hashed.
+
+    Args:
+        value: a mapping, or pairs; an id may be a string of digits, as in OpenAI's JSON.
+
+    Raises:
+        ConfigError: an id is out of range, or a bias is neither finite nor minus infinity.
+        TypeError: the value is not of that form.
+    """
     if value is None:
         return None
     try:
-        pairs = dict(value.items() if isinstance(value, Mapping) else value)  # type: ignore[call-overload]
+        items = dict(value.items() if isinstance(value, Mapping) else value)  # type: ignore[call-overload]
     except (TypeError, ValueError) as exc:
         raise TypeError(f"logit_bias must be a dict of token ids and numbers, not {value!r}") from exc
-    found: dict[int, float] = {}
-    for key, bias in pairs.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20 else key
-        check_number("logit_bias's token id", token, 0, None, whole=True)
-        if bias == -math.inf:  # rules the token out
-            found[token] = -math.inf
-            continue
-        check_number(f"logit_bias[{token}]", bias, None, None, whole=False)
-        found[token] = float(bias)
-    return tuple(sorted(found.items()))
+    biases: dict[int, float] = {}
+    for key, bias in items.items():
+        is_digits = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
+        token_id = whole_number("logit_bias's token id", int(key) if is_digits else key, least=0, most=_INT64_MAX)
+        if bias is None:
+            raise TypeError(f"logit_bias[{token_id}] must be a number, not None")
+        excludes = isinstance(bias, numbers.Real) and bias == -math.inf  # the token is never generated
+        checked = -math.inf if excludes else number(f"logit_bias[{token_id}]", bias, None, None)
+        assert checked is not None
+        biases[token_id] = float(checked)
+    return tuple(sorted(biases.items()))
 
 
 def processors(value: object) -> tuple[Callable[..., Any], ...] | None:
-    """Logits processors, as a tuple."""
+    """Check logits processors, one or several.
+
+    Raises:
+        TypeError: the value is not a function or a list of functions.
+    """
     if value is None:
         return None
-    items = (value,) if callable(value) else value
-    if not isinstance(items, (list, tuple)) or not all(callable(item) for item in items):
+    functions = (value,) if callable(value) else value
+    if not isinstance(functions, (list, tuple)) or not all(callable(function) for function in functions):
         raise TypeError(f"logits_processors must be a list of functions of (ids, logits), not {value!r}")
-    return tuple(items)
+    return tuple(functions)
 
 
 def schema_text(value: object) -> str | None:
-    """A JSON schema as text, which is what the engine takes and what can be hashed."""
+    """Check a JSON schema, a mapping or text, and return it as text, which the engine takes and which can be hashed.
+
+    Raises:
+        ConfigError: it is not a JSON object, or the engine cannot take one of its characters.
+        TypeError: the value is neither a mapping nor a string.
+    """
     if value is None:
         return None
     if isinstance(value, Mapping):
@@ -176,10 +269,10 @@ def schema_text(value: object) -> str | None:
     if not isinstance(value, str):
         raise TypeError(f"json_schema must be a dict or its JSON text, not {type(value).__name__}")
     try:
-        parsed = json.loads(value)
+        schema = json.loads(value)
     except (ValueError, RecursionError) as exc:
         raise ConfigError(f"json_schema is not JSON: {exc}.") from exc
-    if not isinstance(parsed, dict):
+    if not isinstance(schema, dict):
         raise ConfigError(f"json_schema must be a JSON object, not {value[:40]!r}.")
-    check_characters("json_schema", value)
+    _check_characters("json_schema", value)
     return value
