@@ -1,7 +1,7 @@
-"""Every error the library raises on purpose.
+"""The errors of this library.
 
-Each also derives from the built-in exception a caller would guess. An argument of a wrong *type* is a plain
-`TypeError`. A message names the value that was wrong, what was expected, and what to do about it.
+Each also derives from the closest built-in exception. An argument of a wrong *type* raises a plain `TypeError`. A
+message names the wrong value, the expected values, and the fix.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ class Error(Exception):
 
 
 class ModelError(Error, ValueError):
-    """A model directory is missing, incomplete, broken, or holds another architecture."""
+    """A model directory is missing, incomplete, damaged, or of another architecture."""
 
 
 class DeviceError(Error, RuntimeError):
-    """A device is not there, or is there and cannot run the model."""
+    """A device does not exist, or cannot run the model."""
 
 
 class ExportError(Error, RuntimeError):
-    """`optimum-cli` is missing or failed, or what it wrote is not a usable model."""
+    """`optimum-cli` is missing or failed, or its result is not a usable model."""
 
 
 class ConfigError(Error, ValueError):
-    """An option is unknown, out of range, or contradicts another one."""
+    """An option is unknown, out of range, or contradicts another option."""
 
 
 class TemplateError(Error, ValueError):
-    """Messages that the model's chat layout cannot hold."""
+    """The model's chat template does not support these messages."""
 
 
 class PromptError(Error, ValueError):
-    """A prompt that cannot become token ids, or token ids outside the model's vocabulary."""
+    """A prompt cannot be encoded, or its token ids are outside the model's vocabulary."""
 
 
 class ContextOverflowError(Error, ValueError):
@@ -58,8 +58,8 @@ class ContextOverflowError(Error, ValueError):
 
     Attributes:
         prompt_tokens: tokens in the prompt.
-        max_new_tokens: reply length that was asked for, or None when none was.
-        context_length: the window, in tokens, that prompt and reply share.
+        max_new_tokens: requested length of the reply in tokens, or None without a request.
+        context_length: the context window, in tokens, that prompt and reply share.
     """
 
     def __init__(self, message: str, *, prompt_tokens: int, max_new_tokens: int | None, context_length: int) -> None:
@@ -70,7 +70,7 @@ class ContextOverflowError(Error, ValueError):
         self.context_length = context_length
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled with its numbers, so that it can cross a process pool."""
+        """Pickle the numbers too, so that the error can be passed between processes."""
         numbers = (self.prompt_tokens, self.max_new_tokens, self.context_length)
         return _context_overflow, (self._message, *numbers)
 
@@ -80,7 +80,7 @@ def _context_overflow(message: str, prompt: int, new: int | None, window: int) -
 
 
 class StreamError(Error, RuntimeError):
-    """A stream was used in a way it cannot be, for example iterated a second time."""
+    """A stream was used in an unsupported way, for example iterated a second time."""
 
 
 class GenerationError(Error, RuntimeError):
@@ -88,22 +88,22 @@ class GenerationError(Error, RuntimeError):
 
 
 class SnapshotError(Error, ValueError):
-    """A saved KV cache cannot be used: damaged, of another model, or of a newer format."""
+    """A saved KV cache cannot be used: it is damaged, of another model, or of a newer format."""
 
 
 class ClosedError(Error, RuntimeError):
-    """The pipeline was closed before, or while, this was asked of it."""
+    """The pipeline was closed before or during the call."""
 
 
 def forked(what: str, process: int) -> str:
-    """What to tell a forked process that uses what its parent loaded."""
+    """The message for a forked process that uses an object which its parent process loaded."""
     return (
-        f"{what} was loaded by process {process}, and this is a fork of it, which has none of OpenVINO's threads. Load "
+        f"{what} was loaded by process {process}; this process is a fork of it, without OpenVINO's threads. Load "
         "the model in this process, or start it with multiprocessing's 'spawn'."
     )
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A sentence naming the valid name nearest to `name`, with a leading space, or '' when nothing is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """A sentence with the valid name closest to `name`, after a leading space; '' if no name is close."""
+    closest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {closest[0]!r}?" if closest else ""

@@ -296,7 +296,7 @@ tell(lambda: load("GPU.0"))
 tell(lambda: ov_phi3.load(model, device="GPU.0"))
 """,
     ours_says=[
-        r"DeviceError < Error < RuntimeError: device 'GPU.0' is not there. OpenVINO sees: CPU \(.*"
+        r"DeviceError < Error < RuntimeError: device 'GPU.0' does not exist here. OpenVINO lists: CPU \(.*"
         "the OpenCL loader libOpenCL.so.1 does not load .* sudo apt-get install ocl-icd-libopencl1"
     ],
 )

@@ -182,7 +182,7 @@ def test_flags_are_those_of_optimum_cli() -> None:
             assert flag.choices == tuple(choices[1].split(",")), name
 
 
-# -- optimum-cli, played ----------------------------------------------------------------------------------------------
+# -- optimum-cli, played -----------------------------------------------------------------------------------------------
 
 
 PLAYED = 'ov_phi3-verified: ["played"]'

@@ -102,7 +102,7 @@ def fails(path: Path | str, *words: str) -> str:
     return message
 
 
-# -- reading ------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_all_fields(model: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_directory_without_token_files_gets_three_warnings(tmp_path: Path) -> 
     assert len(info.warnings) == 3
 
 
-# -- refused directories ---------------------------------------------------------------------------------------------------
+# -- refused directories -----------------------------------------------------------------------------------------------
 
 
 def test_a_path_that_is_no_directory(tmp_path: Path, model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The guarded compile cache: keys, canary records, and the three ways a load can go."""
+"""The compile cache: keys, canary records, and the three outcomes of a load."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ KEY = cache_key("abc", VERSIONS, GPU)
 
 @dataclass
 class FakeEngine:
-    """Compiles by writing a blob, and answers what the blob says."""
+    """Writes a blob when it compiles; a later load returns the ids in the blob."""
 
     directory: Path
-    truth: list[int]
+    ids: list[int]
     compiled: int = 0
     discarded: list[list[int]] = field(default_factory=list)
     fail_on_blob: bool = False
@@ -49,8 +49,8 @@ class FakeEngine:
             if self.fail_on_blob:
                 raise RuntimeError("Exception from core.cpp:1:\nCannot import compiled blob")
             return list(json.loads(blob.read_text()))
-        blob.write_text(json.dumps(self.truth))
-        return list(self.truth)
+        blob.write_text(json.dumps(self.ids))
+        return list(self.ids)
 
     def load(self) -> tuple[list[int], str]:
         return load_guarded(self.directory, self.compile, lambda engine: engine, self.discarded.append)
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
     return prepare(tmp_path / "cache", KEY)
 
 
-def test_key_is_stable_and_tells_everything_that_invalidates_a_blob_apart() -> None:
+def test_the_key_is_stable_and_depends_on_all_that_invalidates_a_blob() -> None:
     other_driver = dataclasses.replace(GPU, driver="32.0.101.9999")
     other_device = dataclasses.replace(GPU, full_name="Intel(R) UHD Graphics (iGPU)")
     other_name = dataclasses.replace(GPU, name="GPU.1")
@@ -75,12 +75,12 @@ def test_key_is_stable_and_tells_everything_that_invalidates_a_blob_apart() -> N
     ]
     assert len(set(keys)) == len(keys)
     assert KEY.startswith("gpu-")
-    # The same card under another number, another order of versions, and the cache's own folder change nothing.
+    # Another number of the same card, another order of versions, and the cache folder do not change the key.
     assert cache_key("abc", dict(reversed(VERSIONS.items())), GPU, {"CACHE_DIR": "/x"}) == KEY
     assert cache_key("abc", VERSIONS, other_name) == KEY
 
 
-def test_prepare_makes_the_sub_folder_and_can_be_repeated(tmp_path: Path) -> None:
+def test_prepare_creates_the_sub_folder_and_can_be_repeated(tmp_path: Path) -> None:
     first = prepare(tmp_path / "a" / "b", KEY)
     assert first.is_dir()
     assert first.name == KEY
@@ -88,7 +88,7 @@ def test_prepare_makes_the_sub_folder_and_can_be_repeated(tmp_path: Path) -> Non
     assert prepare(str(tmp_path / "a" / "b"), KEY) == first
 
 
-def test_prepare_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_prepare_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"CACHE_DIR='.*file' cannot be written"):
         prepare(tmp_path / "file", KEY)
@@ -101,7 +101,7 @@ def test_prepare_names_a_folder_without_permission(tmp_path: Path) -> None:
         prepare(tmp_path / "x", KEY)
 
 
-def test_prepare_names_a_folder_that_is_there_but_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_names_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -110,7 +110,7 @@ def test_prepare_names_a_folder_that_is_there_but_read_only(tmp_path: Path, monk
         prepare(tmp_path, KEY)
 
 
-def test_canary_record(folder: Path) -> None:
+def test_the_canary_is_recorded_and_compared(folder: Path) -> None:
     assert check_canary(folder, [1]) is None
     store_canary(folder, [1, 2, 3])
     assert check_canary(folder, [1, 2, 3]) is True
@@ -127,12 +127,12 @@ def test_a_damaged_record_is_no_record(folder: Path, text: str) -> None:
     assert check_canary(folder, [1]) is None
 
 
-def test_store_canary_names_a_folder_that_is_gone(tmp_path: Path) -> None:
+def test_store_canary_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         store_canary(tmp_path / "gone", [1])
 
 
-def test_a_failed_store_leaves_the_old_record_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_store_leaves_the_old_record_unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store_canary(folder, [1])
 
     def full(*_: object) -> None:
@@ -145,13 +145,13 @@ def test_a_failed_store_leaves_the_old_record_whole(folder: Path, monkeypatch: p
     assert [path.name for path in folder.iterdir()] == [CANARY_FILE]
 
 
-def test_purge_empties_only_folders_of_ours(folder: Path, tmp_path: Path) -> None:
+def test_purge_empties_only_compile_caches(folder: Path, tmp_path: Path) -> None:
     (folder / "a.blob").write_text("x")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "k.cl_cache").write_text("x")
     purge(folder)
     assert list(folder.iterdir()) == []
-    purge(folder.with_name("cpu-" + "0" * 32))  # not there: nothing to do
+    purge(folder.with_name("cpu-" + "0" * 32))  # does not exist: nothing to do
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ConfigError, match="not a compile cache"):
         purge(tmp_path)
@@ -169,7 +169,7 @@ def test_purge_names_a_file_that_cannot_be_deleted(folder: Path, monkeypatch: py
         purge(folder)
 
 
-def test_fresh_then_verified(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_load_is_fresh_and_the_second_verified(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(folder, [5, 6])
     assert engine.load() == ([5, 6], "fresh")
     assert engine.load() == ([5, 6], "verified")
@@ -178,18 +178,18 @@ def test_fresh_then_verified(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     assert caplog.records == []
 
 
-def test_a_blob_that_answers_otherwise_is_purged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_blob_that_generates_other_ids_is_purged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(folder, [5, 6])
     engine.load()
     (folder / "model.blob").write_text("[0, 0]")
     with caplog.at_level(logging.WARNING, "ov_phi3"):
         assert engine.load() == ([5, 6], "purged")
     assert engine.discarded == [[0, 0]]
-    assert "answers [0, 0] where [5, 6] was recorded" in caplog.text
+    assert "generates the ids [0, 0], and [5, 6] were recorded" in caplog.text
     assert engine.load() == ([5, 6], "verified")
 
 
-def test_blobs_without_a_record_are_not_even_loaded(folder: Path) -> None:
+def test_blobs_without_a_record_are_purged_without_loading(folder: Path) -> None:
     engine = FakeEngine(folder, [5, 6])
     (folder / "model.blob").write_text("[0, 0]")  # a process that was killed before it could store its canary
     assert engine.load() == ([5, 6], "purged")
@@ -207,13 +207,13 @@ def test_a_blob_that_does_not_load_is_purged(folder: Path, caplog: pytest.LogCap
 def test_a_cached_engine_that_does_not_run_is_purged(folder: Path) -> None:
     engine = FakeEngine(folder, [5, 6])
     engine.load()
-    answers: list[RuntimeError | list[int]] = [[5, 6], RuntimeError("boom")]
+    results: list[RuntimeError | list[int]] = [[5, 6], RuntimeError("boom")]
 
     def canary(_: list[int]) -> list[int]:
-        answer = answers.pop()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        result = results.pop()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     assert load_guarded(folder, engine.compile, canary, engine.discarded.append) == ([5, 6], "purged")
     assert engine.discarded == [[5, 6]]
@@ -245,7 +245,7 @@ def test_ctrl_c_in_the_canary_closes_the_engine_and_keeps_the_cache(folder: Path
 
 
 def test_with_the_real_engine(folder: Path) -> None:
-    """OpenVINO itself writes the blob on the CPU, and the second load reads it."""
+    """OpenVINO writes the blob for the CPU, and the second load reads it."""
     import numpy as np
     import openvino
 

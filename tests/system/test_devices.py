@@ -19,7 +19,7 @@ TEST_DEVICE = os.environ.get("OV_PHI3_TEST_DEVICE", "CPU")
 
 
 class FakeCore:
-    """Answers as `openvino.Core` does on a machine with these properties."""
+    """Replaces `openvino.Core` on a machine with these devices and properties."""
 
     def __init__(self, properties: dict[str, dict[str, Any]]) -> None:
         self.properties = properties
@@ -55,7 +55,7 @@ def test_importing_devices_does_not_import_openvino() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_single_gpu_is_told_as_gpu_0_with_all_its_properties() -> None:
+def test_a_single_gpu_is_named_gpu_0_and_has_all_its_properties() -> None:
     core = FakeCore(
         {
             "CPU": {"FULL_DEVICE_NAME": "Intel Xeon", "DEVICE_TYPE": "Type.INTEGRATED"},
@@ -85,7 +85,7 @@ def test_a_single_gpu_is_told_as_gpu_0_with_all_its_properties() -> None:
     )
 
 
-def test_a_plugin_that_tells_nothing_still_gives_a_device() -> None:
+def test_a_plugin_without_any_property_still_gives_a_device() -> None:
     (npu,) = devices(FakeCore({"NPU": {}}))
     assert npu == DeviceInfo("NPU", "NPU", "NPU")
 
@@ -110,37 +110,37 @@ def test_a_plugin_that_tells_nothing_still_gives_a_device() -> None:
         ("AUTO:NPU,CPU", ALL_DEVICES, NPU),
     ],
 )
-def test_resolve(name: str, available: list[DeviceInfo], expected: DeviceInfo) -> None:
+def test_a_name_resolves_to_a_device(name: str, available: list[DeviceInfo], expected: DeviceInfo) -> None:
     assert resolve(name, available) == expected
 
 
 @pytest.mark.parametrize("name", ["GPU.1", "GPU.0", "GPU", "NPU", "CPU.1", "GPU.0.1"])
-def test_an_exact_name_is_never_replaced(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match="is not there") as caught:
+def test_a_missing_device_is_never_replaced_by_another(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="does not exist here") as caught:
         resolve(name, [CPU], gpu_probe(tmp_path))
     assert "CPU (Intel(R) Core(TM) Ultra 7)" in str(caught.value)
 
 
-def test_gpu_1_beside_gpu_0_names_what_is_there_and_no_missing_driver() -> None:
+def test_a_missing_second_gpu_lists_the_first_and_no_missing_driver() -> None:
     with pytest.raises(DeviceError) as caught:
         resolve("GPU.1", [CPU, IGPU])
     assert "GPU.0 (Intel(R) Arc(TM) Graphics (iGPU))" in str(caught.value)
     assert "No GPU" not in str(caught.value)
 
 
-def test_auto_never_takes_the_npu_in_silence() -> None:
-    with pytest.raises(DeviceError, match="'AUTO' is not there"):
+def test_auto_never_chooses_the_npu() -> None:
+    with pytest.raises(DeviceError, match="'AUTO' does not exist here"):
         resolve("AUTO", [NPU])
 
 
 @pytest.mark.parametrize("name", ["HETERO:GPU,CPU", "MULTI:GPU,CPU", "BATCH:GPU(4)", "hetero"])
-def test_virtual_devices_are_refused_with_what_is_accepted(name: str) -> None:
+def test_virtual_devices_are_refused_with_the_accepted_names(name: str) -> None:
     with pytest.raises(ConfigError, match=r"one device runs the model\. Accepted: 'AUTO'"):
         resolve(name, ALL_DEVICES)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("GPU0", "Did you mean 'GPU"),
         ("GPU:0", "Did you mean 'GPU"),
@@ -152,10 +152,10 @@ def test_virtual_devices_are_refused_with_what_is_accepted(name: str) -> None:
         ("CPU;rm", "is not a device name"),
     ],
 )
-def test_garbage_is_named(name: str, said: str) -> None:
+def test_a_wrong_name_is_refused_with_a_suggestion(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match="device") as caught:
         resolve(name, ALL_DEVICES)
-    assert said in str(caught.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [None, 0, b"CPU", ["CPU"]])
@@ -164,7 +164,7 @@ def test_a_wrong_type_is_a_type_error(name: Any) -> None:
         resolve(name, ALL_DEVICES)
 
 
-def test_hint_only_where_a_better_gpu_is_there() -> None:
+def test_the_hint_appears_only_if_a_discrete_gpu_exists() -> None:
     assert "device='GPU.1'" in hint(IGPU, ALL_DEVICES)
     assert DGPU.full_name in hint(IGPU, ALL_DEVICES)
     assert hint(DGPU, ALL_DEVICES) == ""

@@ -35,7 +35,7 @@ STALE = "[GPU] Cannot import compiled blob: it was built for a different runtime
 
 
 @pytest.mark.parametrize(
-    ("message", "device", "said"),
+    ("message", "device", "words"),
     [
         (NO_LOADER, "GPU.0", "ocl-icd-libopencl1"),
         (NO_DEVICE, "GPU.0", "ocl-icd-libopencl1"),
@@ -50,19 +50,21 @@ STALE = "[GPU] Cannot import compiled blob: it was built for a different runtime
         ("", DGPU, "RuntimeError"),
     ],
 )
-def test_failures_are_explained(tmp_path: Path, message: str, device: DeviceInfo | str, said: str) -> None:
+def test_a_failure_becomes_a_device_error_with_advice(
+    tmp_path: Path, message: str, device: DeviceInfo | str, words: str
+) -> None:
     error = to_device_error(RuntimeError(message), device, gpu_probe(tmp_path, loader=False))
     assert type(error) is DeviceError
-    assert said in str(error)
+    assert words in str(error)
     assert str(device) in str(error)
     assert "Exception from" not in str(error)
     assert "\n" not in str(error)
 
 
-def test_a_memory_error_and_our_own_errors() -> None:
+def test_memory_errors_get_advice_and_own_errors_pass_through() -> None:
     assert "Not enough memory" in str(to_device_error(MemoryError(), CPU))
-    ours = DeviceError("x")
-    assert to_device_error(ours, CPU) is ours
+    own = DeviceError("x")
+    assert to_device_error(own, CPU) is own
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ov_phi3.system.gpu_stack import Probe, gpu_obstacles
 
 
 @pytest.mark.parametrize(
-    ("missing", "said", "fix"),
+    ("missing", "problem", "fix"),
     [
         ({"loader": False}, "libOpenCL.so.1 does not load", "apt-get install ocl-icd-libopencl1"),
         ({"icd": False}, "no .icd file in /etc/OpenCL/vendors", "apt-get install intel-opencl-icd"),
@@ -24,17 +24,17 @@ from ov_phi3.system.gpu_stack import Probe, gpu_obstacles
         ({"vendor": "0x10de"}, "renderD128 belong to another vendor", "device='CPU'"),
     ],
 )
-def test_what_is_missing_for_a_gpu_is_named_with_the_command_that_mends_it(
-    tmp_path: Path, missing: dict[str, Any], said: str, fix: str
+def test_a_missing_part_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, missing: dict[str, Any], problem: str, fix: str
 ) -> None:
     with pytest.raises(DeviceError) as caught:
         resolve("GPU.0", [CPU], gpu_probe(tmp_path, **missing))
-    assert said in str(caught.value)
+    assert problem in str(caught.value)
     assert fix in str(caught.value)
     assert len(gpu_obstacles(gpu_probe(tmp_path / "second", **missing))) == 1
 
 
-def test_a_complete_machine_without_a_gpu_is_told_to_update_its_driver(tmp_path: Path) -> None:
+def test_with_all_parts_present_the_advice_is_to_update_the_driver(tmp_path: Path) -> None:
     assert gpu_obstacles(gpu_probe(tmp_path / "a")) == []
     with pytest.raises(DeviceError, match="driver may be too old"):
         resolve("GPU.0", [CPU], gpu_probe(tmp_path / "b"))
@@ -50,14 +50,14 @@ def test_intels_cpu_runtime_is_not_a_gpu_driver(tmp_path: Path) -> None:
     assert gpu_obstacles(probe) == []
 
 
-def test_wsl_has_its_own_node(tmp_path: Path) -> None:
+def test_the_node_of_wsl_counts(tmp_path: Path) -> None:
     probe = gpu_probe(tmp_path, node=False)
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/dxg").write_text("")
     assert gpu_obstacles(probe) == []
 
 
-def test_windows_and_macos() -> None:
+def test_obstacles_on_windows_and_macos() -> None:
     def refuse(name: str) -> None:
         raise OSError(f"Could not find module {name!r}")
 
@@ -70,7 +70,7 @@ def test_windows_and_macos() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
-def test_kernel_module_with_its_version(tmp_path: Path) -> None:
+def test_a_render_node_names_its_kernel_module_and_version(tmp_path: Path) -> None:
     probe = gpu_probe(tmp_path)
     node = probe.render_nodes()[0]
     assert probe.kernel_module(node) == ""

@@ -13,13 +13,13 @@ from ov_phi3.system.devices import resolve
 from ov_phi3.system.properties import latency_properties, merge_config
 
 
-def test_latency_defaults() -> None:
+def test_default_properties() -> None:
     expected = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
     assert latency_properties(CPU) == latency_properties(DGPU) == expected
     assert latency_properties(NPU) == {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": ""}
 
 
-def test_merge_with_the_real_plugin() -> None:
+def test_merging_with_the_properties_of_the_real_cpu() -> None:
     cpu = resolve("CPU")
     assert merge_config(cpu) == latency_properties(cpu)
     merged = merge_config(cpu, {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "THROUGHPUT", "CACHE_DIR": Path("x")})
@@ -41,7 +41,7 @@ def test_merge_with_the_real_plugin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "words"),
     [
         ("NUM_STREMS", "Did you mean 'NUM_STREAMS'"),
         ("num_streams", "Did you mean 'NUM_STREAMS'"),
@@ -53,13 +53,13 @@ def test_merge_with_the_real_plugin() -> None:
         ("DEVICE_ID", "choose the device with device="),
     ],
 )
-def test_a_key_that_is_not_for_the_real_cpu_is_named(key: str, said: str) -> None:
+def test_a_key_that_the_real_cpu_does_not_have_is_refused(key: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         merge_config(resolve("CPU"), {key: "1"})
-    assert said in str(caught.value)
+    assert words in str(caught.value)
 
 
-def test_keys_of_the_gpu_and_the_npu() -> None:
+def test_keys_of_gpus_and_npus() -> None:
     def supported(_: str) -> dict[str, str]:
         return {"INFERENCE_PRECISION_HINT": "RW", "FULL_DEVICE_NAME": "RO"}
 

@@ -1,1 +1,1 @@
-"""What the files of an exported model directory say; nothing is loaded or run."""
+"""Reads and checks the files of an exported model directory; nothing is loaded or run."""

@@ -1,4 +1,4 @@
-"""`config.json` of a Phi-3 class model: read, checked, and never trusted to hold the types it should."""
+"""`config.json` of a Phi-3 class model. Every value is checked for its type and range when it is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MODEL_TYPE", "JsonFile", "Phi3Config", "read_json", "read_text"]
 MODEL_TYPE = "phi3"
 
 _LONGROPE_NAMES = ("longrope", "su", "yarn")
-"""What `rope_type` was called over time; transformers' Phi3Config maps the older two names to "longrope"."""
+"""Names of the same RoPE type; transformers' Phi3Config maps the two older names to "longrope"."""
 
 _KNOWN_RELATIVES = {
     "phi": "Phi-1 and Phi-2 are another architecture",
@@ -28,10 +28,10 @@ _KNOWN_RELATIVES = {
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file.
+    """The text of a UTF-8 file.
 
     Raises:
-        ModelError: it cannot be read, or is not UTF-8.
+        ModelError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -42,10 +42,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> JsonFile:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ModelError: it cannot be read, or is not such a file; the message has the line and column.
+        ModelError: the file cannot be read, is not JSON (the message has the line and column), or holds no object.
     """
     text = read_text(path)
     try:
@@ -64,17 +64,22 @@ def read_json(path: Path) -> JsonFile:
 
 @dataclass(frozen=True, slots=True)
 class JsonFile:
-    """A JSON object and the file it came from, for messages that name both."""
+    """A JSON object and its file, so that messages can name both.
+
+    Attributes:
+        path: the file.
+        data: the object.
+    """
 
     path: Path
     data: Mapping[str, Any]
 
     def error(self, key: str, value: object, expected: str) -> ModelError:
-        """The error for a value that is not what it should be."""
+        """The error for an unexpected value under a key."""
         return ModelError(f"{self.path}: {key} is {value!r}; expected {expected}.")
 
     def integer(self, key: str, *, maximum: int, default: int | None = None) -> int:
-        """A whole number from 1 to `maximum`; `default` where the key is absent or null (without one: an error)."""
+        """The whole number under a key, from 1 to `maximum`; `default`, or an error, if the key is absent or null."""
         value = self.data.get(key)
         if value is None and default is not None:
             return default
@@ -83,11 +88,11 @@ class JsonFile:
         return value
 
     def optional_integer(self, key: str, *, maximum: int) -> int | None:
-        """As `integer`, but None where the key is absent or null."""
+        """The same as `integer`, but None if the key is absent or null."""
         return None if self.data.get(key) is None else self.integer(key, maximum=maximum)
 
     def fraction(self, key: str, *, default: float) -> float:
-        """A number above 0 and up to 1."""
+        """The number under a key, above 0 and at most 1; `default` if the key is absent or null."""
         value = self.data.get(key)
         if value is None:
             return default
@@ -96,17 +101,17 @@ class JsonFile:
         return float(value)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; () where the key is absent or null."""
+        """The token id, or the list of them, under a key; () if the key is absent or null."""
         value = self.data.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
-            raise self.error(key, value, "a token id, or a list of them")
+            raise self.error(key, value, "a token id, or a list of token ids")
         return tuple(ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Phi3Config:
-    """The numbers of `config.json` that this library uses, checked. See `ModelInfo` for what they mean."""
+    """The values of `config.json` that this library uses, checked. `ModelInfo` documents them."""
 
     file: JsonFile
     context_length: int
@@ -127,7 +132,7 @@ class Phi3Config:
         """Read `config.json`.
 
         Raises:
-            ModelError: unreadable, of another architecture, or with a value that no model has.
+            ModelError: the file is unreadable, of another architecture, or has a value of a wrong type or range.
         """
         file = read_json(path)
         _check_architecture(file)
@@ -162,27 +167,28 @@ class Phi3Config:
 
     @property
     def rope_boundary(self) -> int | None:
-        """Length in tokens up to which LongRoPE uses its short factors; None where nothing changes in the window."""
+        """Longest sequence, in tokens, that uses LongRoPE's short factors; None if the factors never change."""
         longrope = self.rope_type == "longrope" and self.original_context_length < self.context_length
         return self.original_context_length if longrope else None
 
 
 def _check_architecture(file: JsonFile) -> None:
-    found = file.data.get("model_type")
-    if found == MODEL_TYPE:
+    model_type = file.data.get("model_type")
+    if model_type == MODEL_TYPE:
         return
-    if found is None:
+    if model_type is None:
         raise file.error("model_type", None, f"{MODEL_TYPE!r}; this is not a Hugging Face model configuration")
-    known = _KNOWN_RELATIVES.get(found, "") if isinstance(found, str) else ""
+    relative = _KNOWN_RELATIVES.get(model_type) if isinstance(model_type, str) else None
     raise file.error(
         "model_type",
-        found,
-        f"{MODEL_TYPE!r} (Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini, Phi-4)" + (f"; {known}" if known else ""),
+        model_type,
+        f"{MODEL_TYPE!r} (Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini, Phi-4)"
+        + (f"; {relative}" if relative else ""),
     )
 
 
 def _rope_parameters(file: JsonFile) -> JsonFile:
-    """RoPE settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
+    """The RoPE settings: `rope_parameters` since transformers 5, `rope_scaling` before."""
     for key in ("rope_parameters", "rope_scaling"):
         value = file.data.get(key)
         if value is not None and not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The files of an exported model: which must be there, and whether the two halves of an OpenVINO IR fit together."""
+"""The files of an exported model: the required ones, and a fingerprint of the model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ REQUIRED_FILES = (
 )
 
 UNFINISHED = "ov_phi3.unfinished"
-"""While an export runs, its directory holds a file of this name."""
+"""Name of the file that marks the directory of an export which has not finished."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def listing(directory: Path) -> dict[str, int]:
-    """The files in a directory: name to size in bytes.
+    """The files in a directory, with their sizes in bytes.
 
     Raises:
         ModelError: the directory cannot be read.
@@ -60,7 +60,7 @@ def check_directory(directory: Path) -> dict[str, int]:
     """The files of a directory that exists and is not empty, with their sizes in bytes.
 
     Raises:
-        ModelError: it is missing, a file, empty or unreadable, or an export into it has not finished.
+        ModelError: the directory is missing, a file, empty or unreadable, or an export into it has not finished.
     """
     try:
         exists, is_directory = directory.exists(), directory.is_dir()
@@ -81,14 +81,14 @@ def check_directory(directory: Path) -> dict[str, int]:
 
 
 def check_files(directory: Path, names: Mapping[str, int]) -> None:
-    """See that all of `REQUIRED_FILES` are in the directory, none of them empty.
+    """Check that all of `REQUIRED_FILES` are in the directory and not empty.
 
     Raises:
-        ModelError: some are not; all of them are named, with what to do about each.
+        ModelError: some are missing or empty; the message names each of them with a fix.
     """
     if "openvino_model.xml" not in names and has_weights(names):
         raise ModelError(
-            f"{directory} is a Hugging Face model that is not exported yet. Export it first, and load the result: "
+            f"{directory} is a Hugging Face model that is not exported yet. Export it first, then load the result: "
             f'ov-phi3 export "{directory}" "{directory}-int4"'
         )
     if "openvino_model.xml" not in names and "config.json" not in names:
@@ -104,8 +104,8 @@ def check_files(directory: Path, names: Mapping[str, int]) -> None:
 
 
 def _nearby(directory: Path) -> str:
-    inside = sorted(str(path.parent) for path in directory.glob("*/openvino_model.xml"))
-    return f" Did you mean {inside[0]!r}?" if inside else ""
+    models = sorted(str(path.parent) for path in directory.glob("*/openvino_model.xml"))
+    return f" Did you mean {models[0]!r}?" if models else ""
 
 
 def _remedy(directory: Path, name: str) -> str:
@@ -117,7 +117,7 @@ def _remedy(directory: Path, name: str) -> str:
 
 
 def fingerprint(directory: Path, config: Path, ir: IrSummary) -> str:
-    """A hash that tells one model from another: its config, its graph, and samples of its weights, in milliseconds.
+    """A hash of a model's config, its graph, and 64 samples of 4 KiB of its weights; takes milliseconds.
 
     Raises:
         ModelError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Added tokens, end tokens and the family of a model: what the tokenizer's files say, resolved to ids."""
+"""Added tokens, end tokens and the family of a model, read from the tokenizer's files and resolved to ids."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _FAMILY_END_TOKENS: Mapping[str, Mapping[int, str]] = {
     "phi-4-mini": {199999: "<|endoftext|>", 200020: "<|end|>"},
     "phi-4": {100257: "<|endoftext|>", 100265: "<|im_end|>"},
 }
-"""End tokens in the published models' `generation_config.json`; "phi-3" stands for all that use its vocabulary."""
+"""End tokens of the published models' `generation_config.json`; "phi-3" covers all models with its vocabulary."""
 
-_TURN_ENDS = ("<|end|>", "<|im_end|>")
+_MESSAGE_ENDS = ("<|end|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that the tokenizer finds in text before it splits the rest.
+    """A token that the tokenizer finds in a text before it splits the rest.
 
     Attributes:
         id: token id.
-        content: its text.
+        content: the token's text.
         special: left out when decoding without special tokens.
-        lstrip: swallows white space before it.
-        rstrip: swallows white space after it.
+        lstrip: the token includes white space before it.
+        rstrip: the token includes white space after it.
     """
 
     id: int
@@ -45,7 +45,7 @@ class AddedToken:
 
 
 class TokenizerFiles:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a directory, each where it is there."""
+    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a directory; all are optional."""
 
     def __init__(self, directory: Path, names: Mapping[str, int]) -> None:
         self._json = directory / "tokenizer.json" if "tokenizer.json" in names else None
@@ -55,15 +55,15 @@ class TokenizerFiles:
 
     @property
     def known(self) -> bool:
-        """Whether the directory says anything about its tokens."""
+        """Whether the directory describes its tokens."""
         return self._json is not None or bool(self._config.data)
 
     @cached_property
     def added(self) -> tuple[AddedToken, ...]:
-        """The added tokens by id; `tokenizer.json` wins where both files name one."""
-        found = {token.id: token for token in self._from_config()}
-        found.update((token.id, token) for token in self._from_json())
-        return tuple(found[id_] for id_ in sorted(found))
+        """The added tokens, sorted by id; `tokenizer.json` takes precedence over `tokenizer_config.json`."""
+        tokens = {token.id: token for token in self._from_config()}
+        tokens.update((token.id, token) for token in self._from_json())
+        return tuple(tokens[id_] for id_ in sorted(tokens))
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -75,11 +75,13 @@ class TokenizerFiles:
             named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
             value = named.get("default")
         if value is not None and not isinstance(value, str):
-            raise self._config.error("chat_template", value, "a Jinja template, or a list that has one named 'default'")
+            raise self._config.error(
+                "chat_template", value, "a Jinja template, or a list with a template named 'default'"
+            )
         return value or None
 
     def text(self, key: str) -> str | None:
-        """The text of a token that `tokenizer_config.json` names, such as `eos_token`."""
+        """The text of a token in `tokenizer_config.json`, by its key, such as `eos_token`."""
         value = self._config.data.get(key)
         if isinstance(value, dict):
             value = value.get("content")
@@ -88,7 +90,7 @@ class TokenizerFiles:
         return value
 
     def id_of(self, text: str | None) -> int | None:
-        """The id of an added token or, failing that, of a token of the vocabulary; None when it is neither."""
+        """The id of an added token, or else of a token of the vocabulary; None if the text is neither."""
         for token in self.added:
             if token.content == text:
                 return token.id
@@ -105,10 +107,10 @@ class TokenizerFiles:
         if self._json is None:
             return []
         text = read_text(self._json)
-        # The list stands near the top of a file of many megabytes; the rest need not be parsed.
+        # The list is near the top of a file of many megabytes; the rest is not parsed.
         key = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
         if key is None:
-            read_json(self._json)  # no list at all: still has to be a JSON file
+            read_json(self._json)  # without the list, it still has to be a JSON file
             return []
         try:
             entries, _ = json.JSONDecoder().raw_decode(text, key.end())
@@ -135,11 +137,11 @@ def _added_token(entry: Mapping[str, Any]) -> AddedToken:
 
 
 def family_of(added: Iterable[AddedToken], chat_template: str | None) -> str:
-    """The family whose vocabulary and chat layout a model has.
+    """The family whose vocabulary and chat template a model has.
 
-    "phi-3", "phi-3-april-2024" (no system turn), "phi-3.5", "phi-4-mini", "phi-4"; "phi3-compatible" for the
-    architecture with another vocabulary. The control tokens' ids decide, and the chat template between the layouts of
-    one vocabulary.
+    "phi-3", "phi-3-april-2024" (no system message), "phi-3.5", "phi-4-mini", "phi-4"; "phi3-compatible" for the same
+    architecture with another vocabulary. The ids of the control tokens decide. Between families with the same
+    vocabulary, the chat template decides.
     """
     texts = {token.id: token.content for token in added}
     if texts.get(200020) == "<|end|>":
@@ -155,12 +157,12 @@ def family_of(added: Iterable[AddedToken], chat_template: str | None) -> str:
 
 
 def end_token_ids(added: Iterable[AddedToken], family: str, chat_template: str | None) -> set[int]:
-    """Ids that end a reply by what they are, whatever the configs say.
+    """Ids that end a reply in addition to those of the configs.
 
-    The family's own (only where the tokenizer has that text at that id), and the token that closes a turn of the chat
-    template.
+    These are the family's end tokens, if the tokenizer has the same text at the same id, and the token that ends a
+    message in the chat template.
     """
     vocabulary = "phi-3" if family.startswith("phi-3") else family
     table = _FAMILY_END_TOKENS.get(vocabulary, {})
-    closing = [text for text in _TURN_ENDS if text in (chat_template or "")]
-    return {token.id for token in added if token.content in closing or table.get(token.id) == token.content}
+    ends = [text for text in _MESSAGE_ENDS if text in (chat_template or "")]
+    return {token.id for token in added if token.content in ends or table.get(token.id) == token.content}

@@ -1,1 +1,1 @@
-"""The machine and OpenVINO: the shared Core, versions, devices, properties, memory, the compile cache, failures."""
+"""OpenVINO and the machine: the shared Core, versions, devices, properties, memory, the compile cache, failures."""

@@ -1,10 +1,10 @@
-"""OpenVINO's compile cache (`CACHE_DIR`), kept from ever serving a stale blob.
+"""OpenVINO's compile cache (`CACHE_DIR`), with protection against stale blobs.
 
 A compiled blob belongs to one model, one OpenVINO release, one driver, one device and one set of properties. OpenVINO
-checks some of that; users have met blobs that loaded and then answered garbage (openvinotoolkit/openvino#31487). So a
-cache folder given by the user only holds sub-folders, one per `cache_key`, and each records the greedy ids that the
-model gave when its blobs were written (the canary). A later load must give the same ids, or the sub-folder is purged
-and the model is compiled anew.
+checks only some of these; users have had blobs that loaded and then generated garbage (openvinotoolkit/openvino#31487).
+So the user's cache folder only holds sub-folders, one per `cache_key`. Each sub-folder records the ids that the model
+generated greedily for a fixed prompt when its blobs were written (the canary). If a later load gives other ids, the
+sub-folder is purged and the model is compiled again.
 """
 
 from __future__ import annotations
@@ -45,28 +45,27 @@ def cache_key(
     Args:
         fingerprint: `ModelInfo.fingerprint`; changes when the model's files do.
         versions: installed versions by package name (openvino, openvino-genai, openvino-tokenizers).
-        device: the resolved device; its kind, full name, architecture and driver count.
-        config: the properties the model is compiled with, except CACHE_DIR; another precision may give other ids.
-
+        device: the resolved device; its kind, full name, architecture and driver are part of the key.
+        config: the properties that the model is compiled with; CACHE_DIR is ignored. Another precision may give other
+            ids, for example.
     """
     options = {str(key): str(value) for key, value in (config or {}).items() if key != "CACHE_DIR"}
-    facts = {
+    parts = {
         "format": _FORMAT,
         "model": fingerprint,
         "versions": dict(versions),
         "device": [device.kind, device.full_name, device.architecture, device.driver],
         "config": options,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{device.kind.lower()}-{digest[:32]}"
 
 
 def prepare(base: str | os.PathLike[str], key: str) -> Path:
-    """Make the sub-folder `key` of the user's cache folder and return it.
+    """Create the sub-folder `key` of the user's cache folder, and return it.
 
     Raises:
-        ConfigError: the folder cannot be made or written; the message names it.
-
+        ConfigError: the folder cannot be created or written; the message names it.
     """
     directory = Path(base) / key
     try:
@@ -76,17 +75,16 @@ def prepare(base: str | os.PathLike[str], key: str) -> Path:
     except OSError as error:
         raise ConfigError(
             f"the compile cache CACHE_DIR={os.fsdecode(base)!r} cannot be written ({error.strerror or error}); "
-            "give a folder you may write to, or leave CACHE_DIR out"
+            "give a folder with write permission, or leave CACHE_DIR out"
         ) from error
     return directory
 
 
 def store_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> None:
-    """Record the greedy ids that the model gave with the blobs in this folder; whole or not at all.
+    """Record the ids that the model generated greedily with the blobs in this folder. The write is atomic.
 
     Raises:
         ConfigError: the folder cannot be written.
-
     """
     target = Path(directory) / CANARY_FILE
     text = json.dumps({"format": _FORMAT, "token_ids": [int(token) for token in ids]})
@@ -100,12 +98,12 @@ def store_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> None:
 
 
 def check_canary(directory: str | os.PathLike[str], ids: Sequence[int]) -> bool | None:
-    """Whether the recorded ids equal these; None when there is no readable record."""
-    recorded = _recorded(Path(directory))
+    """Whether the recorded ids equal these; None if there is no readable record."""
+    recorded = _recorded_ids(Path(directory))
     return None if recorded is None else recorded == [int(token) for token in ids]
 
 
-def _recorded(directory: Path) -> list[int] | None:
+def _recorded_ids(directory: Path) -> list[int] | None:
     try:
         record = json.loads((directory / CANARY_FILE).read_text(encoding="utf-8"))
         ids = record["token_ids"] if record["format"] == _FORMAT else None
@@ -115,11 +113,11 @@ def _recorded(directory: Path) -> list[int] | None:
 
 
 def purge(directory: str | os.PathLike[str]) -> None:
-    """Delete everything in a folder that `prepare` made; the folder stays.
+    """Delete the contents of a folder that `prepare` created, but not the folder.
 
     Raises:
-        ConfigError: the folder is not one of ours (its name is no `cache_key`), or a file in it cannot be deleted.
-
+        ConfigError: the folder is no compile cache of this library (its name is no `cache_key`), or a file in it cannot
+            be deleted.
     """
     directory = Path(directory)
     if not _KEY.fullmatch(directory.name):
@@ -141,20 +139,21 @@ def purge(directory: str | os.PathLike[str]) -> None:
 
 def load_guarded(
     directory: str | os.PathLike[str],
-    compile: Callable[[], T],  # noqa: A002 - the word for it
+    compile: Callable[[], T],  # noqa: A002
     canary: Callable[[T], list[int]],
     discard: Callable[[T], None],
 ) -> tuple[T, str]:
-    """Load a model through its compile cache and trust the cache only when the model answers as it did at first.
+    """Load a model through its compile cache; use the cache only if the model generates the recorded ids.
 
     Args:
-        directory: what `prepare` returned, and what the engine gets as CACHE_DIR.
+        directory: the folder that `prepare` returned, which the backend gets as CACHE_DIR.
         compile: loads the model; called a second time after a purge.
-        canary: a few greedy ids of a loaded model for a fixed prompt.
-        discard: closes a loaded model that is not kept.
+        canary: generates a few ids greedily for a fixed prompt with a loaded model.
+        discard: closes a loaded model that is not used.
 
     Returns:
-        the model, and `LoadReport.cache`: "fresh", "verified" or, which is logged as a warning, "purged".
+        The model, and the state of the cache (`LoadReport.cache`): "fresh" (it was empty), "verified", or "purged",
+        which is also logged as a warning.
 
     Raises:
         ConfigError: a stale cache cannot be deleted.
@@ -162,13 +161,15 @@ def load_guarded(
     directory = Path(directory)
     if not _has_files(directory):
         return _compile_fresh(directory, compile, canary, discard), "fresh"
-    reason = "it has no record of what the model answered"
-    recorded = _recorded(directory)
+    reason = "it has no record of the ids that the model generated."
+    recorded = _recorded_ids(directory)
     if recorded is not None:
         engine, reason = _try_cached(recorded, compile, canary, discard)
         if engine is not None:
             return engine[0], "verified"
-    _log.warning("compile cache %s is not used: %s. It is deleted and the model is compiled again.", directory, reason)
+    _log.warning(
+        "compile cache %s is not used: %s The cache is deleted and the model compiled again.", directory, reason
+    )
     purge(directory)
     return _compile_fresh(directory, compile, canary, discard), "purged"
 
@@ -176,22 +177,22 @@ def load_guarded(
 def _try_cached(
     recorded: list[int], compile_: Callable[[], T], canary: Callable[[T], list[int]], discard: Callable[[T], None]
 ) -> tuple[tuple[T] | None, str]:
-    """The engine in a 1-tuple when its ids are the recorded ones, else None and the reason."""
+    """The engine, in a 1-tuple, if it generates the recorded ids; else None and the reason."""
     try:
         engine = compile_()
-    except Exception as error:  # noqa: BLE001 - whatever a plugin throws at a bad blob; compiled again without it
-        return None, f"loading from it failed ({essential_message(error)})"
+    except Exception as error:  # noqa: BLE001 - plugins raise many types for a bad blob; the model is compiled again without it
+        return None, f"loading from it failed: {essential_message(error)}"
     try:
         ids = [int(token) for token in canary(engine)]
     except Exception as error:  # noqa: BLE001
-        reason = f"the model loaded from it does not run ({essential_message(error)})"
+        reason = f"the model loaded from it does not run: {essential_message(error)}"
     except BaseException:
         discard(engine)
         raise
     else:
         if ids == recorded:
             return (engine,), ""
-        reason = f"the model loaded from it answers {ids} where {recorded} was recorded"
+        reason = f"the model loaded from it generates the ids {ids}, and {recorded} were recorded."
     discard(engine)
     return None, reason
 

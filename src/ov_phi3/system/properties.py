@@ -1,7 +1,7 @@
-"""OpenVINO properties for one device: the latency defaults, and what a user lays over them.
+"""OpenVINO properties for one device: the latency defaults, and the user's properties over them.
 
-`openvino_genai.LLMPipeline` takes OpenVINO's compile properties and a few keys of its own in one dictionary. A key that
-neither knows would come back as a plugin's stack trace; `merge_config` names it before anything is loaded.
+`openvino_genai.LLMPipeline` takes OpenVINO's compile properties and a few keys of its own in one dictionary. An unknown
+key would fail inside a plugin with an unhelpful message; `merge_config` refuses it before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["latency_properties", "merge_config"]
 
-# OpenVINO's core takes these itself, for every device; a plugin need not list them (tried on CPU with 2026.4.1).
+# OpenVINO's core takes these itself, for every device, even if a plugin does not list them (tested on CPU, 2026.4.1).
 _CORE_KEYS = frozenset({"CACHE_DIR", "CACHE_ENCRYPTION_CALLBACKS", "CACHE_MODE", "ENABLE_MMAP", "FORCE_TBB_TERMINATE"})
-# Taken by LLMPipeline before the rest goes to the plugin; "extensions" are libraries for the core.
+# LLMPipeline takes these before it passes the rest to the plugin; "extensions" are libraries for the core.
 _GENAI_KEYS = frozenset(
     {"ATTENTION_BACKEND", "adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config"}
 )
-# LLMPipeline reads these on the NPU only; on another device they would reach a plugin that does not know them.
+# LLMPipeline reads these on the NPU only; on another device it passes them to a plugin that does not know them.
 _NPU_KEYS = frozenset(
     {
         "BLOB_PATH",
@@ -38,10 +38,10 @@ _NPU_KEYS = frozenset(
         "SHARED_HEAD_CONFIG",
     }
 )
-# Keys that a plugin takes but does not list among its SUPPORTED_PROPERTIES; the plugin rejects an unknown one by name.
+# Keys that a plugin accepts but does not list in SUPPORTED_PROPERTIES; the plugin itself rejects unknown ones by name.
 _PLUGIN_PREFIXES = {"CPU": (), "GPU": ("GPU_",), "NPU": ("NPU_", "NPUW_", "++")}
 _PLUGIN_KEYS = {"CPU": frozenset({"CPU_RUNTIME_CACHE_CAPACITY"}), "GPU": frozenset[str](), "NPU": frozenset[str]()}
-_OURS = {
+_SET_BY_DEVICE = {
     "DEVICE_ID": "choose the device with device=, for example device='GPU.1'",
     "DEVICE_PROPERTIES": "one device runs the model: give its properties directly",
     "MULTI_DEVICE_PRIORITIES": "one device runs the model: choose it with device=",
@@ -51,8 +51,8 @@ _OURS = {
 def latency_properties(device: DeviceInfo) -> dict[str, str]:
     """The properties for the shortest time to the first and to the next token on this device.
 
-    One request at a time gets all of the device (`PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`), and no compile cache is
-    written unless asked (`CACHE_DIR=""`). The NPU runs one stream anyway and is not told how many.
+    A single request uses the whole device (`PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`), and by default no compile
+    cache is written (`CACHE_DIR=""`). The NPU always runs one stream, so `NUM_STREAMS` is left out for it.
     """
     properties = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
     if device.kind == "NPU":
@@ -65,20 +65,20 @@ def merge_config(
     ov_config: Mapping[str, Any] | None = None,
     supported: Callable[[str], Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """The latency defaults of a device with the user's properties over them, every key checked.
+    """The latency defaults of a device with the user's properties over them, after checking every key.
 
     Args:
         device: the device that the properties are for.
         ov_config: property name to value, as `openvino_genai.LLMPipeline` takes them.
-        supported: gives a device name's SUPPORTED_PROPERTIES, {name: "RO" | "RW" | "WO"}; OpenVINO is asked by default.
+        supported: returns SUPPORTED_PROPERTIES of a device by name, {property: "RO" | "RW" | "WO"}; by default from
+            OpenVINO.
 
     Returns:
         A new dictionary for `LLMPipeline(..., **config)`; `CACHE_DIR` in it is always a string.
 
     Raises:
-        ConfigError: a key is unknown on this device, read-only, or chosen in another way; the message says which.
+        ConfigError: a key is unknown on this device, read-only, or set by another argument.
         TypeError: `ov_config` is not a mapping, a key is not a string, or a value is None.
-
     """
     merged: dict[str, Any] = dict(latency_properties(device))
     if ov_config is None:
@@ -99,8 +99,8 @@ def _check(key: object, value: object, device: DeviceInfo, properties: Mapping[s
         raise TypeError(f"ov_config keys must be strings, not {type(key).__name__}: {key!r}")
     if value is None:
         raise TypeError(f"ov_config[{key!r}] is None; leave the key out for the device's default")
-    if key in _OURS:
-        raise ConfigError(f"ov_config cannot hold {key!r}: {_OURS[key]}")
+    if key in _SET_BY_DEVICE:
+        raise ConfigError(f"ov_config cannot hold {key!r}: {_SET_BY_DEVICE[key]}")
     if key in _NPU_KEYS and device.kind != "NPU":
         raise ConfigError(f"ov_config key {key!r} is for the NPU; {device.name} has no such property")
     known = {name for name, access in properties.items() if access != "RO"} | _CORE_KEYS | _GENAI_KEYS
@@ -110,15 +110,15 @@ def _check(key: object, value: object, device: DeviceInfo, properties: Mapping[s
     if key in properties:
         raise ConfigError(f"ov_config key {key!r} can only be read on {device.name}, not set")
     raise ConfigError(
-        f"ov_config key {key!r} is unknown on {device.name} ({device.full_name}).{_nearest(key, known)}"
-        f" It takes: {', '.join(sorted(known - _OURS.keys()))}"
+        f"ov_config key {key!r} is unknown on {device.name} ({device.full_name}).{_suggestion(key, known)}"
+        f" Accepted: {', '.join(sorted(known - _SET_BY_DEVICE.keys()))}"
     )
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _suggestion(key: str, known: Iterable[str]) -> str:
     names = list(known)
-    by_case = [name for name in names if name.lower() == key.lower()]
-    return f" Did you mean {by_case[0]!r}?" if by_case else did_you_mean(key, names) or did_you_mean(key.upper(), names)
+    same = [name for name in names if name.lower() == key.lower()]
+    return f" Did you mean {same[0]!r}?" if same else did_you_mean(key, names) or did_you_mean(key.upper(), names)
 
 
 def _cache_dir(value: object) -> str:

@@ -1,7 +1,7 @@
-"""The three OpenVINO packages share an ABI: they work together only when all are of one release.
+"""Versions of the three OpenVINO packages, which share an ABI and work together only if all are of one release.
 
 A mix fails at import with an undefined symbol or, worse, at the first inference. `check()` reads the versions from the
-packages' metadata, without importing any of them, so that the failure is a sentence and not a crash.
+packages' metadata without importing them, so that the failure is an error message and not a crash.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ov_phi3.errors import DeviceError
 __all__ = ["OPENVINO_PACKAGES", "check", "installed", "package_version", "release"]
 
 OPENVINO_PACKAGES = ("openvino", "openvino-genai", "openvino-tokenizers")
-"""The packages whose first three version numbers must be the same."""
+"""The packages whose first three version numbers must be equal."""
 
 
 def package_version(package: str) -> str | None:
-    """The version of an installed package, or None; the package is not imported."""
+    """The version of an installed package, or None if it is not installed; the package is not imported."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def package_version(package: str) -> str | None:
 
 
 def installed() -> dict[str, str | None]:
-    """The installed version of each of `OPENVINO_PACKAGES`, None for one that is missing."""
+    """The installed version of each of `OPENVINO_PACKAGES`; None for a missing package."""
     return {name: package_version(name) for name in OPENVINO_PACKAGES}
 
 
@@ -38,21 +38,21 @@ def release(version: str) -> str:
 
 
 def check(versions: Mapping[str, str | None] | None = None) -> None:
-    """Raise unless the three OpenVINO packages are installed and of one release.
+    """Check that the three OpenVINO packages are installed and of one release.
 
     Args:
-        versions: package name to version (None: missing); default: what is installed here.
+        versions: version by package name (None: missing); by default the installed ones.
 
     Raises:
-        DeviceError: one is missing or the releases differ; the message names each version and the one pip command that
-            puts all three on the newest release among them.
+        DeviceError: a package is missing or the releases differ. The message names each version, and the pip command
+            that installs the newest of these releases of all three.
     """
-    found = installed() if versions is None else {name: versions.get(name) for name in OPENVINO_PACKAGES}
-    releases = {release(version) for version in found.values() if version is not None}
-    missing = [name for name, version in found.items() if version is None]
+    by_name = installed() if versions is None else {name: versions.get(name) for name in OPENVINO_PACKAGES}
+    releases = {release(version) for version in by_name.values() if version is not None}
+    missing = [name for name, version in by_name.items() if version is None]
     if not missing and len(releases) == 1:
         return
-    listed = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.items())
+    listed = ", ".join(f"{name} {version or '(not installed)'}" for name, version in by_name.items())
     problem = "not all of them are installed" if missing else "they are of different releases"
     raise DeviceError(
         f"The OpenVINO packages do not fit together, {problem}: {listed}. "
