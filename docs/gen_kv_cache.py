@@ -19,7 +19,8 @@ BLOCK = 32
 SYSTEM, MESSAGE, REPLY = 38, 24, 42
 BOUNDARY = 288
 
-LEFT, TOP, ROW, BAR, SCALE = 176, 62, 40, 20, 1.85
+LEFT, TOP, ROW, BAR, SCALE = 165, 66, 42, 22, 1.2
+RIGHT = 200  # width of the column with the costs
 REUSED, PREFILLED, GENERATED, INK, FAINT = "#2e9e6b", "#e08a1e", "#3b7dd8", "#6b7280", "#9ca3af"
 
 
@@ -105,7 +106,7 @@ def bar(x: float, y: float, tokens: float, colour: str) -> str:
     return f'<rect x="{x:.1f}" y="{y}" width="{tokens * SCALE:.1f}" height="{BAR}" fill="{colour}"/>'
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, fill: str = INK) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 15, fill: str = INK) -> str:
     """A line of text."""
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
 
@@ -118,7 +119,7 @@ def line(x: float, bottom: float, stroke: str) -> str:
 def draw(done: list[Step]) -> str:
     """The picture as SVG."""
     longest = max(step.total for step in done)
-    width, height = LEFT + longest * SCALE + 170, TOP + ROW * len(done) + 40
+    width, height = LEFT + longest * SCALE + RIGHT, TOP + ROW * len(done) + 36
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         'font-family="system-ui, sans-serif" '
@@ -131,21 +132,21 @@ def draw(done: list[Step]) -> str:
         (GENERATED, "generated"),
     ):
         out += [f'<rect x="{x}" y="14" width="14" height="14" fill="{colour}"/>', text(x + 20, 26, words)]
-        x += 180
+        x += 205 if colour == REUSED else 125
     for block in range(0, longest + BLOCK, BLOCK):
         left = LEFT + block * SCALE
         out.append(line(left, TOP + ROW * len(done) - 12, f'stroke="{FAINT}" stroke-opacity="0.35"'))
         if block % (2 * BLOCK) == 0:
-            out.append(text(left, TOP - 12, str(block), anchor="middle", size=11, fill=FAINT))
+            out.append(text(left, TOP - 12, str(block), anchor="middle", size=13, fill=FAINT))
     boundary, bottom = LEFT + BOUNDARY * SCALE, TOP + ROW * len(done) - 4
     out += [
         line(boundary, bottom, f'stroke="{INK}" stroke-dasharray="5 4"'),
-        text(boundary, bottom + 16, "LongRoPE boundary of this example", anchor="middle", size=12),
+        text(boundary, bottom + 16, "LongRoPE boundary of this example", anchor="middle", size=14),
     ]
     for row, step in enumerate(done):
         y = TOP + ROW * row
         out += [
-            text(LEFT - 12, y + 15, step.name, anchor="end"),
+            text(LEFT - 12, y + 16, step.name, anchor="end"),
             bar(LEFT, y, step.reused, REUSED),
             bar(LEFT + step.reused * SCALE, y, step.prompt - step.reused, PREFILLED),
             bar(LEFT + step.prompt * SCALE, y, step.total - step.prompt, GENERATED),
@@ -155,7 +156,7 @@ def draw(done: list[Step]) -> str:
             again = bar(LEFT + (BOUNDARY + 1 - step.recomputed) * SCALE, y + BAR + 2, step.recomputed, PREFILLED)
             out.append(again.replace(f'height="{BAR}"', 'height="6"'))
             cost += f", {step.recomputed} again"
-        out.append(text(LEFT + step.total * SCALE + 8, y + 15, cost, size=12))
+        out.append(text(LEFT + longest * SCALE + 30, y + 16, cost, size=14))
     return "\n".join([*out, "</svg>", ""])
 
 
