@@ -243,25 +243,25 @@ class ChatTemplate:
 
     def _check_message(self, index: int, message: Message) -> tuple[str, str, str | None]:
         """Return role, content and tools of a message, or raise an error that names the message by its index."""
-        where = f"messages[{index}]"
+        label = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise TypeError(f"{where} must be a dict with 'role' and 'content', not {type(message).__name__}")
+            raise TypeError(f"{label} must be a dict with 'role' and 'content', not {type(message).__name__}")
         accepted = {"role", "content", "tools"} if self.tools else {"role", "content"}
         for key in message:
             if key not in accepted:
                 hint = did_you_mean(str(key), accepted)
-                raise TemplateError(f"{where} has the key {key!r}; this chat template takes {sorted(accepted)}.{hint}")
+                raise TemplateError(f"{label} has the key {key!r}; this chat template takes {sorted(accepted)}.{hint}")
         for key in ("role", "content"):
             if key not in message:
-                raise TemplateError(f"{where} has no {key!r}: {dict(message)!r}.")
+                raise TemplateError(f"{label} has no {key!r}: {dict(message)!r}.")
         role = message["role"]
         if not isinstance(role, str) or role not in self.roles:
-            raise TemplateError(f"{where} has the role {role!r}; {self._roles_help(role)}")
-        content = _text_of(message["content"], where)
+            raise TemplateError(f"{label} has the role {role!r}; {self._roles_help(role)}")
+        content = _text_of(message["content"], label)
         tools = message.get("tools")
         if tools is not None:
             if role != "system":
-                raise TemplateError(f"{where} has 'tools'; Phi-4-mini takes them on the system message only.")
+                raise TemplateError(f"{label} has 'tools'; Phi-4-mini takes them on the system message only.")
             tools = tools if isinstance(tools, str) else json.dumps(tools)
         return role, content, tools
 
@@ -274,7 +274,7 @@ class ChatTemplate:
         return f"the {self.name} chat template takes {list(self.roles)}.{did_you_mean(str(role), self.roles)}"
 
 
-def _text_of(content: object, where: str) -> str:
+def _text_of(content: object, label: str) -> str:
     """A message's content as one string."""
     if isinstance(content, str):
         return str(content)
@@ -282,7 +282,7 @@ def _text_of(content: object, where: str) -> str:
         texts = []
         for part in content:
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise TemplateError(f"{where}: a content part must be {{'type': 'text', 'text': str}}, not {part!r}.")
+                raise TemplateError(f"{label}: a content part must be {{'type': 'text', 'text': str}}, not {part!r}.")
             texts.append(part["text"])
         return "".join(texts)
-    raise TemplateError(f"{where}: content must be a string or a list of text parts, not {type(content).__name__}.")
+    raise TemplateError(f"{label}: content must be a string or a list of text parts, not {type(content).__name__}.")

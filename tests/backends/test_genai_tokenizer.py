@@ -1,0 +1,29 @@
+"""GenAI's tokenizer without the tables that encode text still decodes and knows the special tokens."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ov_phi3 import ModelError
+from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
+
+
+@pytest.mark.parametrize("can_encode", [False, True])
+def test_it_decodes_and_knows_the_special_tokens(tiny_fp32: Path, can_encode: bool) -> None:
+    import openvino_genai
+
+    tokenizer = openvino_genai.Tokenizer(*genai_tokenizer_arguments(tiny_fp32, can_encode=can_encode))
+    whole = openvino_genai.Tokenizer(str(tiny_fp32))
+    assert tokenizer.decode([15043]) == whole.decode([15043]) == "Hello"
+    assert tokenizer.get_eos_token_id() == whole.get_eos_token_id()
+    assert tokenizer.get_vocab() == whole.get_vocab()
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, tiny_fp32: Path) -> None:
+    with pytest.raises(ModelError, match=r"openvino_detokenizer\.xml could not be read"):
+        genai_tokenizer_arguments(tmp_path, can_encode=False)
+    for name in ("openvino_detokenizer.xml", "openvino_detokenizer.bin"):
+        shutil.copy(tiny_fp32 / name, tmp_path / name)
+    with pytest.raises(ModelError, match="could not be read"):
+        genai_tokenizer_arguments(tmp_path, can_encode=False)
