@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # type checkers take it for typing's, whose import would 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ov_phi3.backends.protocol import Backend, EngineReport, PrefixCache, Request
+    from ov_phi3.backends.protocol import Backend, BackendReport, EngineReport, Request
     from ov_phi3.bench.measuring import measure
     from ov_phi3.bench.prompts import random_prompt
     from ov_phi3.bench.report import Report
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.generation.metrics import Metrics
     from ov_phi3.generation.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
-    from ov_phi3.kv.cache import KVUsage
-    from ov_phi3.loading import LoadReport, ModelWarning, load
+    from ov_phi3.kv.layout import KVUsage
+    from ov_phi3.kv.prefix_index import PrefixCache
+    from ov_phi3.load_report import LoadReport, ModelWarning
+    from ov_phi3.loading import load
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from ov_phi3.text.tokenizer import Tokenizer
 
 _HOMES = {
-    "backends.protocol": ("Backend", "EngineReport", "PrefixCache", "Request"),
+    "backends.protocol": ("Backend", "BackendReport", "EngineReport", "Request"),
     "chat": ("Chat",),
     "system.devices": ("DeviceInfo", "devices"),
     "doctor": ("Check", "diagnose"),
@@ -70,8 +72,10 @@ _HOMES = {
     ),
     "exporting.exporter": ("export",),
     "generation.config": ("GenerationConfig",),
-    "kv.cache": ("KVUsage",),
-    "loading": ("LoadReport", "ModelWarning", "load"),
+    "kv.layout": ("KVUsage",),
+    "kv.prefix_index": ("PrefixCache",),
+    "load_report": ("LoadReport", "ModelWarning"),
+    "loading": ("load",),
     "system.machine": ("Machine",),
     "bench.measuring": ("measure",),
     "bench.prompts": ("random_prompt",),
@@ -93,6 +97,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Alternative",
     "Backend",
+    "BackendReport",
     "Chat",
     "ChatTemplate",
     "ChatTurn",

@@ -1,8 +1,4 @@
-"""A conversation that keeps the exact token ids of every turn.
-
-A reply's ids are kept as they were generated and never made from text again: text decoded and encoded again can give
-other ids, and then the engine's prefix cache no longer matches.
-"""
+"""A chat: a conversation on a loaded model, one turn after another."""
 
 from __future__ import annotations
 
@@ -10,124 +6,100 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.errors import ConfigError, StreamError, did_you_mean
+from ov_phi3.checks import whole_number
+from ov_phi3.conversation import Conversation, Turn, TurnEncoder
+from ov_phi3.engine.engine import Submission
+from ov_phi3.engine.limits import seconds
+from ov_phi3.engine.worker import ReplyOptions, now
+from ov_phi3.errors import ConfigError, SnapshotError, StreamError, did_you_mean
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.results import GenerationResult
-from ov_phi3.kv.cache import KVUsage
-from ov_phi3.prefix import written
+from ov_phi3.kv import snapshot
+from ov_phi3.kv.entry import KVEntry
+from ov_phi3.kv.fingerprint import RELEASE
+from ov_phi3.kv.layout import KVUsage
+from ov_phi3.saved import read_saved
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.engine.stream import Channel, TokenStream
+    from ov_phi3.engine.channel import Channel
+    from ov_phi3.engine.stream import TokenStream
     from ov_phi3.engine.worker import OnPrefill
-    from ov_phi3.kv.cache import KVValue
-    from ov_phi3.pipeline import Pipeline
-    from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.loaded_model import LoadedModel
 
-__all__ = ["Chat", "Exchange"]
+__all__ = ["Chat", "load_chat"]
 
 _OVERFLOW = ("error", "drop_oldest")
 _ON_CANCEL = ("keep", "drop")
-# Room that a reply without max_new_tokens is given before "drop_oldest" drops anything: at most so many tokens, and at
-# most this part of the window.
+# Room for a reply without max_new_tokens before "drop_oldest" drops anything: at most this many tokens, and at most
+# this part of the window.
 _REPLY_TOKENS = 1024
 _REPLY_SHARE = 4
 _log = logging.getLogger("ov_phi3")
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One turn that has ended: what was said, and the reply's ids as they were generated."""
-
-    user: dict[str, str]
-    assistant: dict[str, str]
-    reply: tuple[int, ...]
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The two messages, as copies."""
-        return [dict(self.user), dict(self.assistant)]
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A conversation between two turns. Never changed, so that a fork shares it and a failed turn leaves it."""
-
-    system: dict[str, str] | None
-    turns: tuple[Exchange, ...] = ()
-    ids: tuple[int, ...] = ()
-    reused: int = 0
-    dropped: int = 0
-
-    @property
-    def head(self) -> list[dict[str, str]]:
-        return [] if self.system is None else [self.system]
-
-
 class Chat:
-    """One conversation on a pipeline. Made by `Pipeline.chat`. Several can take turns on one pipeline, and each finds
-    its own prefix in the cache as long as there is room for all of them.
+    """One conversation on a pipeline. Made by `Pipeline.chat`.
 
-    A turn that fails leaves the conversation as it was.
+    Several chats can take turns on one pipeline; each finds its own prefix in the cache as long as there is room for
+    all of them. A turn that fails leaves the conversation as it was.
 
     Attributes:
         overflow: "error" or "drop_oldest", see `Pipeline.chat`.
-        on_cancel: "keep" or "drop", for turns that do not say.
+        on_cancel: "keep" or "drop", for turns without their own choice.
     """
 
     def __init__(
-        self, pipeline: Pipeline, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep"
+        self, model: LoadedModel, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep"
     ) -> None:
         self.overflow = _one_of("overflow", overflow, _OVERFLOW)
         self.on_cancel = _one_of("on_cancel", on_cancel, _ON_CANCEL)
-        self._pipeline = pipeline
-        self._lock = threading.Lock()  # of the state, for one moment
-        self._turn = threading.Lock()  # of starting a turn
+        self._model = model
+        self._encoder = TurnEncoder(model.tokenizer)
+        self._lock = threading.Lock()  # held while the conversation is read or replaced
+        self._turn = threading.Lock()  # held while a turn is started
         self._running: Channel | None = None
-        self._kv: KVValue | None = None  # of a chat that was loaded, until its first turn has used it
-        self._state = _State(None if system is None else {"role": "system", "content": system})
+        self._loaded_kv: KVEntry | None = None  # of a loaded chat, until its first turn has used it
+        self._conversation = Conversation(system, frozenset(model.info.eos_token_ids))
         if system is not None:
-            pipeline.tokenizer.template.segments(self._state.head)  # a layout without a system turn says so now
-            self._check_alone({"role": "user", "content": ""}, 1, "the system message")
+            self._check_fits_alone("", 1, "the system message")  # also refuses a template without a system turn
 
     def __repr__(self) -> str:
-        state = self._now()
-        return f"<Chat of {len(state.turns)} turns, {len(state.ids)} tokens>"
+        conversation = self._now()
+        return f"<Chat of {len(conversation.turns)} turns, {len(conversation.ids)} tokens>"
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far, as a copy."""
-        state = self._now()
-        return [dict(m) for m in state.head] + [m for turn in state.turns for m in turn.messages]
+        return self._now().messages
 
     @property
     def token_ids(self) -> NDArray[np.int64]:
-        """Every id of the conversation so far, generated ones as they were generated; shape [tokens]."""
-        return np.array(self._now().ids, dtype=np.int64)
+        """All ids of the conversation so far, replies as they were generated; int64, shape [tokens]."""
+        return np.array(self._now().ids)
 
     @property
     def dropped_turns(self) -> int:
-        """How many turns "drop_oldest" has dropped so far; each result names those that it cost."""
-        return self._now().dropped
+        """Turns that "drop_oldest" has dropped so far; each result lists the messages that it dropped."""
+        return self._now().dropped_turns
 
     @property
     def kv(self) -> KVUsage:
         """What this conversation has in the KV cache now, and what is left of its context window."""
-        state, pipeline = self._now(), self._pipeline
-        cached = pipeline._generator.cached_tokens(np.array(state.ids, dtype=np.int64))
-        window = pipeline.context_length
+        conversation, engine = self._now(), self._model.engine
+        cached = engine.cached_tokens(conversation.ids)
         return KVUsage(
             cached_tokens=cached,
-            reused_tokens=state.reused,
-            free_tokens=window - len(state.ids),
-            context_length=window,
-            bytes=round(cached * pipeline._pool.layout.bytes_per_token(pipeline.info)),
+            reused_tokens=conversation.reused_tokens,
+            free_tokens=engine.context_length - len(conversation.ids),
+            context_length=engine.context_length,
+            bytes=engine.kv_bytes(cached),
         )
 
     # -- turns -------------------------------------------------------------------------------------------------------
@@ -155,204 +127,217 @@ class Chat:
         timeout: float | None = None,
         **options: Any,
     ) -> TokenStream:
-        """One turn, as it comes. The turn is part of the conversation once the stream has ended.
+        """One turn, streamed. The turn becomes part of the conversation when the stream has ended.
 
         Args:
             text: the user's message.
-            config: how to generate; `options` are laid over it.
+            config: how to generate; `options` override it.
             on_cancel: "keep" or "drop", for this turn; default: the chat's.
-            on_prefill: told the progress of the prefill, see `Pipeline.generate`.
-            timeout: seconds for the whole turn, see `Pipeline.generate`; a turn that ran out of time is kept or dropped
-                as a cancelled one is.
+            on_prefill: receives the progress of the prefill, see `Pipeline.generate`.
+            timeout: seconds for the whole turn, see `Pipeline.generate`; a turn that timed out is kept or dropped as a
+                cancelled turn is.
             **options: fields of `GenerationConfig`.
 
         Raises:
-            StreamError: the stream of the turn before is still running.
-            ContextOverflowError: the turn does not fit the context window; with `overflow="drop_oldest"` only when it
-                does not even fit alone, with the system message.
+            StreamError: the stream of the previous turn is still running.
+            ContextOverflowError: the turn does not fit the context window; with `overflow="drop_oldest"` only if it
+                does not fit alone, with the system message.
             Error: what `Pipeline.generate` raises.
         """
+        requested = now()
         if not isinstance(text, str):
             raise TypeError(f"a turn is a string, not {type(text).__name__}")
         keep = _one_of("on_cancel", self.on_cancel if on_cancel is None else on_cancel, _ON_CANCEL) == "keep"
-        message = {"role": "user", "content": text}
         with self._turn:
-            self._await_turn_before()
-            wanted = self._pipeline._config(config, options)
-            state, prompt, gone = self._fitting(message, wanted)
-            stream = self._pipeline._start(
-                prompt,
-                wanted,
-                {},
-                streams=True,
-                on_end=lambda result: self._end(state, gone, message, result, keep=keep),
+            self._await_previous_turn()
+            self._model.engine.check_open()
+            config = GenerationConfig.of(config, options)
+            conversation, added, dropped = self._fit_to_window(text, config)
+            reply = ReplyOptions(
+                requested,
+                deadline=None if timeout is None else requested + seconds("timeout", timeout),
                 on_prefill=on_prefill,
-                timeout=timeout,
-                turns_before=len(state.turns),
+                on_end=lambda result: self._end(conversation, dropped, Turn(text, "", added, added[:0]), result, keep),
             )
-            # The channel and not the stream: a stream that its reader drops must still cancel itself.
-            self._running = stream._channel
+            stream = self._model.engine.submit(
+                Submission(conversation.prompt(added), config, reply, turn=len(conversation.turns))
+            )
+            # The channel, not the stream: a stream that its reader drops must still cancel itself.
+            self._running = stream.channel
             return stream
 
-    # -- other ways on -----------------------------------------------------------------------------------------------
+    # -- other ways to continue --------------------------------------------------------------------------------------
 
     def rewind(self, turns: int = 1) -> None:
-        """Take back the last turns, the user's messages and their replies. What stays is still in the cache.
+        """Take back the last turns: the user's messages and their replies. The rest stays in the cache.
 
         Args:
-            turns: how many; 0 takes back nothing.
+            turns: number of turns; 0 takes back nothing.
 
         Raises:
-            ConfigError: there are not that many.
-            StreamError: a reply is still coming.
+            ConfigError: there are fewer turns.
+            StreamError: a reply is still being generated.
         """
-        if isinstance(turns, bool) or not isinstance(turns, int):
-            raise TypeError(f"turns must be a whole number, not {turns!r}")
         with self._turn:
-            self._await_turn_before()
-            state = self._now()
-            if not 0 <= turns <= len(state.turns):
-                raise ConfigError(f"rewind(turns={turns}); expected 0 to {len(state.turns)}, the turns of this chat.")
-            kept = state.turns[: len(state.turns) - turns]
-            ids = self._laid_out(state.head, kept) if turns else state.ids
-            self._set(replace(state, turns=kept, ids=ids))
+            self._await_previous_turn()
+            conversation = self._now()
+            note = ", the turns of this chat"
+            self._set(
+                conversation.rewind(whole_number("turns", turns, least=0, most=len(conversation.turns), note=note))
+            )
+
+    def truncate(self, tokens: int) -> int:
+        """Keep the first ids of the conversation only. The kept part stays in the cache.
+
+        Args:
+            tokens: number of ids to keep. A cut inside a reply keeps the reply up to the cut; a cut inside a user's
+                message drops that message.
+
+        Returns:
+            The number of ids that were kept.
+
+        Raises:
+            ConfigError: the conversation has fewer ids.
+            StreamError: a reply is still being generated.
+        """
+        with self._turn:
+            self._await_previous_turn()
+            conversation = self._now()
+            most, note = len(conversation.ids), ", the tokens of this chat"
+            tokens = whole_number("tokens", tokens, least=0, most=most, note=note)
+            kept = conversation.truncate(tokens, self._model.tokenizer.decode)
+            self._set(kept)
+            return len(kept.ids)
 
     def fork(self) -> Chat:
-        """A second conversation that goes on from here. Both find the common part in the cache.
+        """A second chat that continues from here. Both find the common part in the cache.
 
         Raises:
-            StreamError: a reply is still coming.
+            StreamError: a reply is still being generated.
         """
         with self._turn:
-            self._await_turn_before()
-            branch = Chat(self._pipeline, overflow=self.overflow, on_cancel=self.on_cancel)
-            branch._set(self._now())
-            branch._kv = self._kv
+            self._await_previous_turn()
+            branch = Chat(self._model, overflow=self.overflow, on_cancel=self.on_cancel)
+            branch.restore(self._now(), self._loaded_kv)
             return branch
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Write the conversation to a file, whole or not at all; returns its size in bytes.
+        """Write the chat to a file, whole or not at all; returns the size of the file in bytes.
 
-        With `backend="infer_request"` its keys and values are written too, so that the next turn need not compute them,
-        in this process or another. `Pipeline.load_chat` reads it.
+        With `backend="infer_request"` its keys and values are written too, so that the next turn need not compute
+        them, in this process or another. `Pipeline.load_chat` reads the file.
 
         Raises:
-            StreamError: a reply is still coming.
+            StreamError: a reply is still being generated.
             SnapshotError: it cannot be written.
             TypeError: `path` is not a path.
         """
         os.fspath(path)
         with self._turn:
-            self._await_turn_before()
-            return written(path, self)
+            self._await_previous_turn()
+            conversation = self._now()
+            # The next turn computes the last token in any case.
+            entry = self._model.engine.export_kv(conversation.ids[:-1]) or KVEntry.empty()
+            values = {**conversation.to_dict(), "overflow": self.overflow, "on_cancel": self.on_cancel}
+            fingerprint = self._model.fingerprint
+            return snapshot.write(path, snapshot.Snapshot("chat", fingerprint, conversation.ids, entry, values))
+
+    def restore(self, conversation: Conversation, entry: KVEntry | None = None) -> None:
+        """Replace the conversation; `entry` is kept alive until the next turn has used it."""
+        self._set(conversation)
+        self._loaded_kv = entry
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _now(self) -> _State:
+    def _now(self) -> Conversation:
         with self._lock:
-            return self._state
+            return self._conversation
 
-    def _set(self, state: _State) -> None:
+    def _set(self, conversation: Conversation) -> None:
         with self._lock:
-            self._state = state
+            self._conversation = conversation
 
-    def _await_turn_before(self) -> None:
-        """A reply that was cancelled ends within one token and is waited for; one that still comes is in the way."""
-        before = self._running
-        if before is None or before.ended:
+    def _await_previous_turn(self) -> None:
+        """Wait for a cancelled reply, which ends within one token; refuse if a reply is still wanted."""
+        previous = self._running
+        if previous is None or previous.ended:
             return
-        if not before.cancelled:
-            raise StreamError("the reply to the turn before is still coming; read it to its end or cancel it first.")
-        before.wait_ended()
+        if not previous.cancelled:
+            raise StreamError("the reply to the previous turn is still coming; read it to its end or cancel it first.")
+        previous.wait_ended()
 
     def _end(
         self,
-        state: _State,
-        gone: Sequence[Exchange],
-        message: dict[str, str],
+        conversation: Conversation,
+        dropped: Sequence[Turn],
+        turn: Turn,
         result: GenerationResult | None,
-        *,
         keep: bool,
     ) -> GenerationResult | None:
-        """Take in a turn that ended with a result; one that failed, or was cancelled before its first token, never
-        was.
+        """Add a turn that ended with a result.
+
+        A turn that failed, or was cancelled before its first token, leaves the conversation as it was.
         """
         if result is None or not result.token_ids or (result.finish_reason in ("cancelled", "timeout") and not keep):
             return result
-        turn = Exchange(message, {"role": "assistant", "content": result.text}, tuple(result.token_ids))
-        ids = (*result.prompt_token_ids, *result.token_ids)
-        reused = result.metrics.reused_tokens or 0
-        dropped = state.dropped + len(gone)
-        self._set(replace(state, turns=(*state.turns, turn), ids=ids, reused=reused, dropped=dropped))
-        self._kv = None
-        return replace(result, dropped_messages=[m for turn in gone for m in turn.messages]) if gone else result
+        reply = np.array(result.token_ids, dtype=np.int64)
+        ended = replace(turn, assistant=result.text, reply=reply)
+        self._set(conversation.with_turn(ended, result.metrics.reused_tokens or 0))
+        self._loaded_kv = None
+        if not dropped:
+            return result
+        return replace(result, dropped_messages=[message for turn in dropped for message in turn.messages])
 
-    # -- layout ------------------------------------------------------------------------------------------------------
+    def _fit_to_window(
+        self, text: str, config: GenerationConfig
+    ) -> tuple[Conversation, NDArray[np.int64], tuple[Turn, ...]]:
+        """The conversation that a message continues, the ids that it adds, and the turns that are dropped for it."""
+        conversation = self._now()
+        added = self._encoder.added(conversation, text)
+        if self.overflow != "drop_oldest" or not conversation.turns:
+            return conversation, added, ()
+        window = self._model.engine.context_length
+        least = config.max_new_tokens or config.min_new_tokens or 1
+        room = config.max_new_tokens or max(least, min(_REPLY_TOKENS, window // _REPLY_SHARE))
+        if len(conversation.prompt(added)) + room <= window:
+            return conversation, added, ()
+        self._check_fits_alone(text, least, "the new message")
+        # Each drop changes the ids right behind the system message, so that all that stays is prefilled again. Dropping
+        # down to half of the window means that this happens once in many turns.
+        count = conversation.oldest_to_drop(min(window - room, window // 2) - len(added), self._encoder)
+        shorter = conversation.without_oldest(count, self._encoder)
+        _log.info("dropped the %d oldest turns of a chat; %d stay", count, len(shorter.turns))
+        return shorter, self._encoder.added(shorter, text), conversation.turns[:count]
 
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        return self._pipeline.tokenizer
-
-    def _laid_out(self, head: Sequence[dict[str, str]], turns: Sequence[Exchange]) -> tuple[int, ...]:
-        """The ids of a conversation that ends with a reply; () for one that has not begun."""
-        ids: list[int] = []
-        for turn in turns:
-            ids = [*self._with_message(head, ids, turn.user), *turn.reply]
-        return tuple(ids)
-
-    def _with_message(self, head: Sequence[dict[str, str]], ids: Sequence[int], message: dict[str, str]) -> list[int]:
-        """The ids of a conversation with a new message: what was generated stays, only the new text is encoded."""
-        tokenizer = self._tokenizer
-        if not ids:
-            first: list[int] = tokenizer.encode_messages([*head, message]).tolist()
-            return first
-        new = tokenizer.encode_segments(tokenizer.template.continuation(message)).tolist()
-        # The reply's own end token goes, which need not be the one that the layout writes after a reply.
-        return [*(ids[:-1] if ids[-1] in self._pipeline.info.eos_token_ids else ids), *new]
-
-    # -- what fits ---------------------------------------------------------------------------------------------------
-
-    def _fitting(
-        self, message: dict[str, str], wanted: GenerationConfig
-    ) -> tuple[_State, NDArray[np.int64], tuple[Exchange, ...]]:
-        """The conversation that a new message goes on from, the prompt, and the turns that go."""
-        state = self._now()
-        prompt = self._with_message(state.head, state.ids, message)
-        gone = 0
-        if self.overflow == "drop_oldest" and state.turns:
-            window = self._pipeline.context_length
-            least = wanted.max_new_tokens or wanted.min_new_tokens or 1
-            room = wanted.max_new_tokens or max(least, min(_REPLY_TOKENS, window // _REPLY_SHARE))
-            if len(prompt) + room > window:
-                self._check_alone(message, least, "the new message")
-                gone, prompt = self._without_oldest(state, message, room, window)
-        kept = replace(state, turns=state.turns[gone:])
-        return kept, np.array(prompt, dtype=np.int64), state.turns[:gone]
-
-    def _without_oldest(self, state: _State, message: dict[str, str], room: int, window: int) -> tuple[int, list[int]]:
-        """How many of the oldest turns go until half of the window is free, or all are gone; and the prompt then.
-
-        Each drop changes the ids right behind the system message, so that all that stays is prefilled again. Dropping
-        down to a half means that this is paid once in many turns.
-        """
-        for gone in range(1, len(state.turns) + 1):
-            prompt = self._with_message(state.head, self._laid_out(state.head, state.turns[gone:]), message)
-            if len(prompt) + room <= window and len(prompt) <= window // 2:
-                break
-        _log.info("dropped the %d oldest turns of a chat; %d stay", gone, len(state.turns) - gone)
-        return gone, prompt
-
-    def _check_alone(self, message: dict[str, str], reply: int, what: str) -> None:
-        """Refuse what cannot fit, whatever is dropped."""
-        pipeline = self._pipeline
-        tokens = len(self._with_message(self._now().head, (), message))
-        if tokens + reply > pipeline.context_length:
-            raise pipeline._limits.overflow(
-                f"{what} takes {tokens} tokens with the layout around it, and the reply may take {reply}",
+    def _check_fits_alone(self, text: str, reply: int, what: str) -> None:
+        """Refuse a message that does not fit even with all turns dropped."""
+        engine = self._model.engine
+        tokens = len(self._encoder.first(self._now().system, text))
+        if tokens + reply > engine.context_length:
+            raise engine.overflow(
+                f"{what} takes {tokens} tokens with the chat template around it, and the reply may take {reply}",
                 tokens,
                 reply,
                 "Nothing that could be dropped would make room: shorten it, or ask for a shorter reply.",
             )
+
+
+def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
+    """Read a chat from a file; see `Pipeline.load_chat`."""
+    saved = read_saved(model, path, "chat", any_release=True)
+    try:
+        values = saved.conversation or {}
+        chat = Chat(model, overflow=values["overflow"], on_cancel=values["on_cancel"])
+        encoder = TurnEncoder(model.tokenizer)
+        conversation = Conversation.from_dict(values, encoder, model.info.eos_token_ids, model.info.vocab_size)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not valid.") from exc
+    if conversation.ids.tolist() != saved.ids.tolist():
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
+    same_release = saved.fingerprint.get(RELEASE) == model.fingerprint[RELEASE]
+    usable = same_release and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
+    chat.restore(conversation, saved.entry if usable else None)
+    return chat
 
 
 def _one_of(name: str, value: str, valid: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
 """Several requests at once in one `openvino_genai.ContinuousBatchingPipeline`: each step computes a token for all.
 
-There is no thread that steps. Whoever waits for a token takes a place in a line, and at its turn reads what there is,
-or computes a step, after which there is something to read for everyone. The line is fair, so nobody falls behind.
+No thread of its own runs the steps. A caller that waits for a token takes its turn in a queue; at its turn it reads the
+tokens that have arrived, or runs a step, after which there are tokens for every caller. The queue is first in, first
+out, so that no caller starves.
 
-GenAI's `step` keeps the interpreter's lock (2026.4.1), so other threads of the program run between steps only. Its
-`generate`, which gives that lock back, takes no requests that come later.
+GenAI's `step` holds the interpreter's lock (2026.4.1), so other Python threads run between steps only. Its `generate`
+releases the lock, but accepts no requests that arrive later.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.backends.protocol import Cancelled, Hypothesis
-from ov_phi3.engine.queue import Turns
+from ov_phi3.backends.request_queue import RequestQueue
 
 if TYPE_CHECKING:
-    from ov_phi3.backends.protocol import Emit, Request
+    from collections.abc import Iterator
+
+    from ov_phi3.backends.protocol import Request, TokenSink
 
 __all__ = ["Batch"]
 
@@ -27,78 +30,82 @@ class Batch:
 
     Args:
         pipeline: a `ContinuousBatchingPipeline`.
-        genai: the module.
+        genai: the `openvino_genai` module.
     """
 
     def __init__(self, pipeline: Any, genai: Any) -> None:
         self._pipeline = pipeline
         self._status = genai.GenerationStatus
         self._reason = genai.GenerationFinishReason
-        self._line = Turns()
+        self._queue = RequestQueue()
         self._numbers = itertools.count()
 
-    def generate(self, request: Request, ids: Any, config: Any, emit: Emit) -> tuple[list[int], bool]:
-        """Stream one reply; gives every id that was generated, and whether the reply ended at its length limit.
+    def generate(self, request: Request, ids: Any, config: Any, sink: TokenSink) -> tuple[list[int], bool]:
+        """Stream one reply; returns every generated id, and whether the reply ended at its length limit.
 
         Raises:
-            Cancelled: it is no longer wanted, before the first token.
-            RuntimeError: the engine failed, or its cache had no room.
+            Cancelled: `request.should_continue` returned False before the first token.
+            RuntimeError: the pipeline failed, or its cache had no room.
         """
-        seen: list[int] = []
+        generated: list[int] = []
         with self._running(ids, config) as handle:
-            while self._waits(handle):
-                if not seen and request.wanted is not None and not request.wanted():
+            while self._has_more(handle):
+                if not generated and request.should_continue is not None and not request.should_continue():
                     raise Cancelled
                 for output in self._next(handle):
                     new = list(output.generated_ids)
-                    seen += new
-                    if new and not emit(new):
-                        return seen, False
+                    generated += new
+                    if new and not sink(new):
+                        return generated, False
                     if output.finish_reason != self._reason.NONE:
-                        return seen, output.finish_reason == self._reason.LENGTH
+                        return generated, output.finish_reason == self._reason.LENGTH
         raise RuntimeError("the KV cache had no room for this request.")
 
-    def search(self, ids: Any, config: Any, count: int) -> list[Hypothesis]:
+    def generate_n(self, request: Request, ids: Any, config: Any) -> list[Hypothesis]:
         """Several replies to one prompt, best first.
 
         Raises:
+            Cancelled: `request.should_continue` returned False.
             RuntimeError: see `generate`.
         """
+        outputs: list[Any] = []
         with self._running(ids, config) as handle:
             while handle.get_status() == self._status.RUNNING:
+                if request.should_continue is not None and not request.should_continue():
+                    raise Cancelled
                 self._step(handle)
-            found = handle.read_all() if handle.get_status() == self._status.FINISHED else []
-        if not found:
+            outputs = handle.read_all() if handle.get_status() == self._status.FINISHED else []
+        if not outputs:
             raise RuntimeError("the KV cache had no room for this request.")
-        found.sort(key=lambda output: output.score, reverse=True)
-        limit = self._reason.LENGTH
-        return [Hypothesis(list(o.generated_ids), float(o.score), o.finish_reason == limit) for o in found[:count]]
+        outputs.sort(key=lambda output: output.score, reverse=True)
+        count, limit = request.config.num_return_sequences or 1, self._reason.LENGTH
+        return [Hypothesis(list(o.generated_ids), float(o.score), o.finish_reason == limit) for o in outputs[:count]]
 
     @contextlib.contextmanager
-    def _running(self, ids: Any, config: Any) -> Any:
-        with self._line.mine():
+    def _running(self, ids: Any, config: Any) -> Iterator[Any]:
+        with self._queue.turn():
             handle = self._pipeline.add_request(next(self._numbers), ids, config)
         try:
             yield handle
         finally:
-            with self._line.mine():
+            with self._queue.turn():
                 if handle.get_status() == self._status.RUNNING:
                     handle.stop()
                     with contextlib.suppress(RuntimeError):
-                        self._pipeline.step()  # gives its places in the cache back
+                        self._pipeline.step()  # frees its blocks
 
-    def _waits(self, handle: Any) -> bool:
+    def _has_more(self, handle: Any) -> bool:
         return bool(handle.can_read() or handle.get_status() == self._status.RUNNING)
 
     def _next(self, handle: Any) -> list[Any]:
-        """What came since the last time; at a turn that finds nothing, a step, which may bring something."""
+        """The outputs since the last call; runs a step first if there are none yet."""
         self._step(handle)
-        found = []
+        outputs = []
         while handle.can_read():
-            found += handle.read().values()
-        return found
+            outputs += handle.read().values()
+        return outputs
 
     def _step(self, handle: Any) -> None:
-        with self._line.mine():
+        with self._queue.turn():
             if not handle.can_read() and handle.get_status() == self._status.RUNNING:
                 self._pipeline.step()

@@ -1,21 +1,13 @@
-"""Where sequences live in an engine of our own: slots, each an infer request with the state of one sequence.
+"""Sequences of our own decode loop: slots, each an infer request that holds the KV state of one sequence.
 
-What is in a slot is known id by id. A request goes on in the slot that begins as it does, if the whole of that slot is
-the beginning of the request: then nothing is copied. Otherwise the common part is copied to a slot of its own, or,
-where nobody will want the rest, cut out in place. Values (`KVValue`), read from a file or out of a slot, are a third
-place to begin from.
-
-An engine hands out its state as float32 whatever it holds it in. What it holds is found again by looking: bfloat16 has
-sixteen zero bits behind it, float16 survives the way there and back. So what is kept is bit for bit what the engine
-had, at half the size, and a sequence that goes on from it goes on exactly. Only of an engine that quantises its cache
-to integers can no exact copy be had in that size: its values are kept as float16, and quantised again when they go
-back.
+The contents of a slot are known id by id. A request continues in the slot whose whole sequence is its beginning;
+nothing is copied then. Otherwise the common prefix is copied into another slot or, if the slot is not pinned, the slot
+is cut in place. `KVEntry` objects, read from a file or from a slot, are a third source.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.kv.cache import DTYPES, KVTensors, KVValue
+from ov_phi3.backends.kv_state import read_state, write_state
+from ov_phi3.kv.entry import KVEntry, KVTensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,57 +25,57 @@ if TYPE_CHECKING:
 
 __all__ = ["KVSlots", "Slot"]
 
-_MOST_SLOTS = 16
-_WORTH_COPYING = 16  # tokens: reading a state and writing it back takes about as long as computing this many
-_LOOK_EVERY = 64  # tokens of a reply between two looks at how full the slots are
+_MAX_SLOTS = 16
+_MIN_COPIED = 16  # tokens: reading a state and writing it back takes about as long as computing this many tokens
+_CHECK_EVERY = 64  # tokens of a reply between two checks of the slots' total length
 
 
 class Slot:
-    """One sequence in the engine.
+    """One sequence.
 
     Attributes:
         request: the infer request that holds its state.
-        past: whether its keys were rotated with the long factors of LongRoPE.
-        keep: whether its conversation may go on, so that it is not cut for another.
-        used: when it was last used.
-        stepping: whether the request has the tensors of a step of one token.
-        busy: whether its state and its ids are being changed; a failure meanwhile leaves it so, and its state unknown.
+        long_rope: whether its keys were rotated with the long factors of LongRoPE.
+        pinned: whether its conversation may continue, so that it is not cut for another sequence.
+        used: clock value of the last use.
+        stepping: whether the request's inputs are those of a step of one token.
+        dirty: whether state and ids are being changed; stays set after a failure, when the state is unknown.
     """
 
     def __init__(self, request: Any) -> None:
         self.request = request
-        self.past = False
-        self.keep = False
+        self.long_rope = False
+        self.pinned = False
         self.used = 0
-        self.busy = False
+        self.dirty = False
         self.stepping = False
         self._ids = np.empty(64, dtype=np.int64)
         self._length = 0
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """What it holds, as a view."""
+        """Its token ids, as a view; int64, shape [tokens]."""
         return self._ids[: self._length]
 
     @property
     def length(self) -> int:
-        """Tokens that it holds."""
+        """Number of tokens."""
         return self._length
 
     @property
-    def most(self) -> int:
-        """Tokens that it has places for, so no fewer than it ever held."""
+    def capacity(self) -> int:
+        """Tokens it has room for: at least as many as it ever held."""
         return len(self._ids)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """State and ids are changed in here; what is raised, Ctrl-C too, leaves the slot `busy`."""
-        self.busy = True
+        """State and ids change in this block; an exception in it, also Ctrl-C, leaves the slot `dirty`."""
+        self.dirty = True
         yield
-        self.busy = False
+        self.dirty = False
 
     def append(self, ids: NDArray[np.int64]) -> None:
-        """Note that the engine has computed these."""
+        """Record that these ids have been computed."""
         needed = self._length + len(ids)
         if needed > len(self._ids):
             self._ids = np.concatenate([self.ids, np.empty(max(needed, 2 * self._length), dtype=np.int64)])
@@ -90,165 +83,164 @@ class Slot:
         self._length = needed
 
     def hold(self, ids: NDArray[np.int64]) -> None:
-        """Note that it now holds these and no others."""
+        """Record that it now holds these ids and no others."""
         self._length = 0
         self.append(ids)
 
 
 class KVSlots:
-    """The slots of one engine. Keeps books by the token, with the methods that `Generator` asks of a ledger.
+    """The slots of one model, which are also its prefix index, exact to the token (see `PrefixIndex`).
 
     Args:
-        make: makes an infer request.
+        make: creates an infer request.
         capacity: tokens that all slots together may hold.
         candidates: types to try when a state is read, see `read_state`.
     """
 
     block_size = 1
-    grows = True
+    growable = True
 
     def __init__(self, make: Callable[[], Any], capacity: int, candidates: Sequence[str]) -> None:
         self._capacity = capacity
         self._make = make
         self._candidates = tuple(candidates)
         self._slots: list[Slot] = []
-        self._values: weakref.WeakSet[KVValue] = weakref.WeakSet()
+        self._entries: weakref.WeakSet[KVEntry] = weakref.WeakSet()
         self._clock = 0
         self._lock = threading.RLock()
 
-    # -- the ledger's part -------------------------------------------------------------------------------------------
+    # -- the prefix index -------------------------------------------------------------------------------------------
 
-    def find(self, ids: NDArray[np.int64], salt: bytes = b"", *, alone: bool = False) -> int:
-        """Tokens of a prompt that it would find, its last one left out; `salt` means past the LongRoPE boundary."""
+    def match(self, ids: NDArray[np.int64], namespace: bytes = b"", *, isolated: bool = False) -> int:
+        """Prompt tokens that are cached, without the last one; a `namespace` means past the LongRoPE boundary."""
         with self._lock:
-            _, in_slot, _, in_value = self._best(ids, bool(salt), alone=alone)
-        return max(in_slot, in_value)
+            _, in_slot, _, in_entry = self._best(ids, bool(namespace), isolated=isolated)
+        return max(in_slot, in_entry)
 
     @property
     def capacity(self) -> int:
         """Tokens that all slots together may hold."""
         return self._capacity
 
-    def record(self, *_: object, **__: object) -> None:
-        """Nothing: the slots keep their own books."""
+    def commit(self, *_: object, **__: object) -> None:
+        """Nothing: the slots record their own contents."""
 
-    def forget(self) -> None:
-        """Give up the slots that were being changed when the engine failed."""
+    def invalidate(self) -> None:
+        """Drop the slots that were being changed when the engine failed."""
         with self._lock:
-            self._slots = [slot for slot in self._slots if not slot.busy]
+            self._slots = [slot for slot in self._slots if not slot.dirty]
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free all of them."""
+        """Free all slots."""
         with self._lock:
             self._slots.clear()
 
-    def register(self, value: KVValue) -> None:
-        """Let requests begin from a value for as long as somebody holds it."""
+    def register(self, entry: KVEntry) -> None:
+        """Let requests start from an entry for as long as it is referenced elsewhere."""
         with self._lock:
-            self._values.add(value)
+            self._entries.add(entry)
 
-    def begin(self, request: Request) -> Slot:
-        """A slot that holds the beginning of a request's ids, as much of it as there is, but never all."""
-        ids, past = request.ids, request.past_boundary
+    def acquire(self, request: Request) -> Slot:
+        """A slot that holds the longest cached beginning of a request's ids, but never all of them."""
+        ids, long_rope = request.ids, request.long_rope
         with self._lock:
-            slot, in_slot, value, in_value = self._best(ids, past, alone=request.alone)
+            slot, in_slot, entry, in_entry = self._best(ids, long_rope, isolated=request.isolated)
             self._clock += 1
             whole = slot is not None and in_slot == slot.length
-            if value is not None and (in_value > in_slot or (in_value == in_slot and not whole)):
-                # Over the last sequence that began from it, where nobody wants that: its memory is warm.
-                place = slot if slot is not None and in_slot == in_value and not slot.keep else None
-                found = self._written(value.tensors, ids[:in_value], len(ids), place)
+            if entry is not None and (in_entry > in_slot or (in_entry == in_slot and not whole)):
+                # Reuse the slot last started from this entry if it is not pinned: its buffers are allocated already.
+                target = slot if slot is not None and in_slot == in_entry and not slot.pinned else None
+                acquired = self._write(entry.tensors, ids[:in_entry], len(ids), target)
             elif slot is None:
-                found = self._vacant(len(ids))
+                acquired = self._allocate(len(ids))
             elif whole:
-                found = slot
+                acquired = slot
             else:
-                found = self._cut(slot, in_slot, len(ids))
-            # What a chat has in a slot stays worth keeping when another request goes on from all of it.
-            found.keep = request.keep or (found.keep and found is slot and whole)
-            found.past, found.used = past, self._clock
-            return found
+                acquired = self._copy_prefix(slot, in_slot, len(ids))
+            # The slot of a chat stays pinned when another request continues all of it.
+            acquired.pinned = request.pinned or (acquired.pinned and acquired is slot and whole)
+            acquired.long_rope, acquired.used = long_rope, self._clock
+            return acquired
 
     def extend(self, slot: Slot, ids: NDArray[np.int64]) -> None:
-        """Note that a slot's sequence has grown."""
+        """Record that a slot's sequence has grown."""
         with self._lock:
             slot.append(ids)
-            if len(ids) > 1 or slot.length % _LOOK_EVERY == 0:
-                self._make_room(0, slot)
+            if len(ids) > 1 or slot.length % _CHECK_EVERY == 0:
+                self._evict(0, slot)
 
-    def value(self, ids: NDArray[np.int64], past: bool) -> KVValue:
-        """The keys and values of the first of these ids, as many as there are in one place."""
+    def export(self, ids: NDArray[np.int64], *, long_rope: bool) -> KVEntry:
+        """A copy of the keys and values of the longest beginning of these ids in one slot or entry."""
         with self._lock:
-            following = np.append(ids, -1)
-            slot, in_slot, value, in_value = self._best(following, past, least=1)
-            if value is not None and in_value >= in_slot:
-                return KVValue(ids[:in_value].copy(), value.tensors.first(in_value), past)
+            continued = np.append(ids, -1)
+            slot, in_slot, entry, in_entry = self._best(continued, long_rope, least=1)
+            if entry is not None and in_entry >= in_slot:
+                return KVEntry(ids[:in_entry].copy(), entry.tensors.first(in_entry), long_rope)
             if slot is None:
-                return KVValue(ids[:0].copy(), KVTensors("F16", ()), past)
+                return KVEntry.empty()
             tensors = read_state(slot.request.query_state(), in_slot, self._candidates)
-            return KVValue(ids[:in_slot].copy(), tensors, past)
+            return KVEntry(ids[:in_slot].copy(), tensors, long_rope)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _best(
-        self, ids: NDArray[np.int64], past: bool, *, alone: bool = False, least: int = _WORTH_COPYING
-    ) -> tuple[Slot | None, int, KVValue | None, int]:
-        """The slot and the value that begin most like a prompt, and how many tokens long.
+        self, ids: NDArray[np.int64], long_rope: bool, *, isolated: bool = False, least: int = _MIN_COPIED
+    ) -> tuple[Slot | None, int, KVEntry | None, int]:
+        """The slot and the entry with the longest common prefix with a prompt, and its length in each.
 
-        With `alone` there are no slots, and only values that the prompt begins with as a whole, as those that somebody
-        holds on purpose.
+        `isolated` excludes all slots, and entries that are not a prefix of the prompt as a whole.
         """
         limit = len(ids) - 1
         best, in_slot = None, 0
-        for slot in () if alone else self._slots:
-            common = min(_common(slot.ids, ids), limit) if slot.past == past else 0
-            # A slot that goes on in another way must be copied, which has to be worth it.
+        for slot in () if isolated else self._slots:
+            common = min(_common(slot.ids, ids), limit) if slot.long_rope == long_rope else 0
+            # A slot that continues differently must be copied, which pays from `least` tokens on.
             whole = common == slot.length
             if common and (whole or common >= least) and (common > in_slot or (common == in_slot and whole)):
                 best, in_slot = slot, common
-        found, in_value = None, 0
-        for value in self._values:
-            common = min(_common(value.ids, ids), limit) if value.past_boundary == past else 0
-            if common > in_value and (common >= len(value.ids) - 1 or (common >= least and not alone)):
-                found, in_value = value, common
-        return best, in_slot, found, in_value
+        best_entry, in_entry = None, 0
+        for entry in self._entries:
+            common = min(_common(entry.ids, ids), limit) if entry.long_rope == long_rope else 0
+            if common > in_entry and (common >= len(entry.ids) - 1 or (common >= least and not isolated)):
+                best_entry, in_entry = entry, common
+        return best, in_slot, best_entry, in_entry
 
-    def _cut(self, slot: Slot, tokens: int, expected: int) -> Slot:
-        """A slot with the first tokens of another one."""
+    def _copy_prefix(self, slot: Slot, tokens: int, expected: int) -> Slot:
+        """A slot with the first tokens of another one, or that one cut in place if it is not pinned."""
         tensors = read_state(slot.request.query_state(), tokens, self._candidates)
-        return self._written(tensors, slot.ids[:tokens].copy(), expected, None if slot.keep else slot)
+        return self._write(tensors, slot.ids[:tokens].copy(), expected, None if slot.pinned else slot)
 
-    def _written(self, tensors: KVTensors, ids: NDArray[np.int64], expected: int, place: Slot | None = None) -> Slot:
-        """A slot with the tensors of these ids in it."""
-        slot = place or self._vacant(expected)
+    def _write(self, tensors: KVTensors, ids: NDArray[np.int64], expected: int, target: Slot | None = None) -> Slot:
+        """A slot, `target` if given, with the tensors of these ids written into it."""
+        slot = target or self._allocate(expected)
         with slot.changing():
             slot.hold(ids[:0])
             write_state(slot.request.query_state(), tensors, len(ids))
             slot.hold(ids)
         return slot
 
-    def _vacant(self, expected: int) -> Slot:
-        """An empty slot."""
-        taken = self._make_room(expected)
-        if taken is not None and taken.most > 2 * expected + 64:
-            self._slots.remove(taken)  # a request keeps the memory of its longest sequence, and a new one takes 0.3 ms
-            taken = None
-        slot = taken or Slot(self._make())
+    def _allocate(self, expected: int) -> Slot:
+        """An empty slot for a sequence of `expected` tokens."""
+        evicted = self._evict(expected)
+        if evicted is not None and evicted.capacity > 2 * expected + 64:
+            self._slots.remove(evicted)  # a request keeps the memory of its longest sequence; a new one takes 0.3 ms
+            evicted = None
+        slot = evicted or Slot(self._make())
         slot.hold(np.empty(0, dtype=np.int64))
         slot.request.reset_state()
-        if taken is None:
+        if evicted is None:
             self._slots.append(slot)
         return slot
 
-    def _make_room(self, expected: int, running: Slot | None = None) -> Slot | None:
-        """Empty the slots that were used least recently until there is room; returns one of them to use again."""
+    def _evict(self, expected: int, running: Slot | None = None) -> Slot | None:
+        """Evict the least recently used slots until there is room; returns one of them for reuse."""
         free: Slot | None = None
         while True:
             others = [slot for slot in self._slots if slot is not running and slot is not free]
             full = sum(slot.length for slot in self._slots if slot is not free) + expected > self._capacity
-            many = expected and free is None and len(self._slots) >= _MOST_SLOTS
+            many = expected and free is None and len(self._slots) >= _MAX_SLOTS
             if not others or not (full or many):
                 return free
             oldest = min(others, key=lambda slot: slot.used)
@@ -259,74 +251,7 @@ class KVSlots:
 
 
 def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many ids two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     length = min(len(one), len(other))
     different = one[:length] != other[:length]
     return int(different.argmax()) if different.any() else length
-
-
-_STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-
-
-def _ordered(states: Sequence[Any]) -> list[Any]:
-    """The engine's states in the order of `names`."""
-
-    def place(state: Any) -> tuple[int, str]:
-        found = _STATE.match(state.name)
-        if found is None:
-            raise RuntimeError(f"the model has a state named {state.name!r}, which is not one of a key or a value")
-        return int(found[1]), found[2]
-
-    return sorted(states, key=place)
-
-
-def read_state(states: Sequence[Any], tokens: int, candidates: Sequence[str]) -> KVTensors:
-    """A copy of the first tokens of a state.
-
-    Args:
-        states: of an infer request, as `query_state()` gives them.
-        tokens: how many.
-        candidates: keys of `DTYPES` to try, in order. The first that holds the values exactly is taken, or the last.
-            A device that gives its state out as float16 (a GPU) holds it so.
-    """
-    ordered = _ordered(states)
-    if ordered and ordered[0].state.data.dtype == DTYPES["F16"]:
-        candidates = ("F16",)
-    for dtype in candidates:
-        arrays = []
-        exact = True
-        for state in ordered:
-            array, same = _converted(state.state.data[0, :, :tokens], dtype)
-            exact = exact and same
-            if not exact and dtype != candidates[-1]:
-                break
-            arrays.append(array)
-        else:
-            return KVTensors(dtype, tuple(arrays), exact)
-    raise AssertionError("no candidates")
-
-
-def _converted(values: NDArray[Any], dtype: str) -> tuple[NDArray[Any], bool]:
-    """A copy of some values in another type, and whether nothing was lost."""
-    if values.dtype == DTYPES[dtype]:
-        return np.array(values), True
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        return (bits >> 16).astype(np.uint16), not np.bitwise_and(bits, 0xFFFF).any()
-    with np.errstate(over="ignore"):
-        converted = values.astype(DTYPES[dtype])
-    return converted, bool((converted.astype(values.dtype) == values).all())
-
-
-def write_state(states: Sequence[Any], tensors: KVTensors, tokens: int) -> None:
-    """Give the first tokens of some tensors to a state, in place of what it held."""
-    import openvino as ov
-
-    kinds = {"F32": ov.Type.f32, "F16": ov.Type.f16, "BF16": ov.Type.bf16}
-    for state, array in zip(_ordered(states), tensors.arrays, strict=True):
-        heads, total, width = array.shape
-        whole = np.ascontiguousarray(array)
-        tensor = ov.Tensor(whole, ov.Shape([1, heads, total, width]), kinds[tensors.dtype])
-        if tokens < total:  # a view of the first ones, not a copy
-            tensor = ov.Tensor(tensor, ov.Coordinate([0, 0, 0, 0]), ov.Coordinate([1, heads, tokens, width]))
-        state.state = tensor

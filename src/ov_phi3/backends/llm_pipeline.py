@@ -1,13 +1,14 @@
-"""`openvino_genai.LLMPipeline` as a backend: encoded ids in, ids out, nothing of its text handling used.
+"""`openvino_genai.LLMPipeline` as a backend: token ids in, token ids out.
 
-Its own templating, stop strings and text streaming are left off: the prompt arrives as ids, so that what is in its
-prefix cache is known id by id, and text is made on this side of the callback.
+GenAI's own chat templates, stop strings and text streaming are not used. The prompt arrives as ids, so that the
+contents of the prefix cache are known id by id, and the engine decodes the generated ids.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +16,123 @@ import numpy as np
 
 from ov_phi3.backends.batching import Batch
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
-from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
-from ov_phi3.backends.protocol import EngineReport, Hypothesis, PrefixCache
+from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
+from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
 from ov_phi3.errors import ConfigError
-from ov_phi3.system.core import keeping_signal_stack, never_freed_in_children
+from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
+from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
 
 if TYPE_CHECKING:
-    from ov_phi3.backends.protocol import Emit, Request
+    from numpy.typing import NDArray
+
+    from ov_phi3.backends.protocol import Backend, Request, TokenSink
     from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.kv.entry import KVEntry
+    from ov_phi3.kv.prefix_index import PrefixIndex
+    from ov_phi3.kv.sizing import KVCachePlan
+    from ov_phi3.system.devices import DeviceInfo
 
-__all__ = ["LLMPipelineBackend"]
+__all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_scheduler"]
 
-_ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
+CAPABILITIES = Capabilities("llm_pipeline", batches=True)
+
+_ASSISTED_OPTIONS = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
+_ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
+_WHOLE_PROMPTS = 2**31 - 1  # a whole prompt in one step, as in GenAI's own latency setting
+_MAX_SEED = 2**32 - 1  # GenAI's generator of random numbers has a state of 32 bits
+
+
+class LLMPipelineSpec:
+    """`backend="llm_pipeline"` before a model is loaded."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a loaded model can do."""
+        return CAPABILITIES
+
+    def resolve_properties(self, device: DeviceInfo, properties: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """The properties as they are: `LLMPipeline` has defaults of its own for the rest."""
+        return dict(properties)
+
+    def check_concurrency(self, request: LoadRequest) -> str | None:
+        """What several requests at once would need and is not there."""
+        info, window = request.info, request.kv.context_length
+        if not request.kv.paged:
+            return "paged attention, which is not available here, and no scheduler_config; kv_cache_gb= sizes the cache"
+        if assisted := _ASSISTED_PROPERTIES & request.properties.keys():
+            return f"a pipeline without {min(assisted)}"
+        if (info.rope_boundary or window) < window:
+            # The graph chooses its rotary factors once for all that is computed in a step.
+            return (
+                f"context_length={info.rope_boundary} or less: past that this LongRoPE model has other rotary factors"
+            )
+        return None
+
+    def open(self, request: LoadRequest) -> LLMPipelineBackend:
+        """Load the model."""
+        return LLMPipelineBackend(
+            request.info.path,
+            request.device.name,
+            with_scheduler(request.properties, request.kv, request.max_step_tokens),
+            block_size=request.kv.layout.block_size,
+            rope_boundary=request.info.rope_boundary,
+            batches=request.concurrency > 1,
+        )
+
+    def fallback(self, request: LoadRequest, reason: str) -> tuple[LoadRequest, str] | None:
+        """Without paged attention, where the device does not support it and nothing requires it."""
+        if not request.kv.paged or request.paging_required or "ATTENTION_BACKEND" in request.properties:
+            return None
+        warning = (
+            f"{request.device.name} did not accept paged attention ({reason}): there is no prefix cache, and every "
+            "turn of a chat is prefilled whole."
+        )
+        stateful = replace(
+            request,
+            properties={**request.properties, "ATTENTION_BACKEND": "SDPA"},
+            kv=replace(request.kv, paged=False),
+        )
+        return stateful, warning
+
+
+def with_scheduler(properties: Mapping[str, Any], kv: KVCachePlan, max_step_tokens: int = 0) -> dict[str, Any]:
+    """The properties with a `scheduler_config` for the planned cache, if the plan requires one.
+
+    Args:
+        properties: OpenVINO properties.
+        kv: the planned cache.
+        max_step_tokens: most tokens computed in one step; 0 for any number.
+    """
+    if not kv.paged:
+        return dict(properties)
+    scheduler = import_genai().SchedulerConfig()
+    scheduler.num_kv_blocks = kv.num_blocks
+    scheduler.enable_prefix_caching = True
+    scheduler.max_num_batched_tokens = max_step_tokens or _WHOLE_PROMPTS
+    return {**properties, "scheduler_config": scheduler}
 
 
 class LLMPipelineBackend:
     """One `LLMPipeline`.
 
-    On paged attention it has a prefix cache; with `ATTENTION_BACKEND="SDPA"` it has none, and every prompt is computed
-    whole. A LongRoPE model is loaded with `graph`'s edit, so that one cache can serve both sides of the boundary.
+    With paged attention it has a prefix cache. With `ATTENTION_BACKEND="SDPA"` it has none, and every prompt is
+    prefilled whole. The graph of a LongRoPE model is edited (`longrope_graph`), so that one cache serves sequences on
+    both sides of the boundary.
 
     Args:
         model_dir: an exported model.
         device: an OpenVINO device name.
-        properties: for `LLMPipeline`; a `scheduler_config` in them means paged attention.
+        properties: for `LLMPipeline`; a `scheduler_config` among them means paged attention.
         block_size: tokens per block of the prefix cache on this device.
         rope_boundary: see `ModelInfo.rope_boundary`.
-        batches: run several requests at once, by a `ContinuousBatchingPipeline`, which is what `LLMPipeline` holds on
-            paged attention. What its prefix cache then holds is not known.
+        batches: run several requests at once, with a `ContinuousBatchingPipeline`, which is what `LLMPipeline` uses
+            for paged attention. The contents of its prefix cache are then unknown.
 
     Attributes:
-        doubts: what works, but not as it should; sentences.
+        warnings: sentences about what works, but not as it should.
     """
+
+    needs_whole_prompts = False
 
     def __init__(
         self,
@@ -58,10 +144,8 @@ class LLMPipelineBackend:
         rope_boundary: int | None = None,
         batches: bool = False,
     ) -> None:
-        import openvino_genai
-
-        self._genai = openvino_genai
-        # The truth of a draft model is not asked for: openvino_genai (2026.4.1) crashes on the question.
+        self._genai = import_genai()
+        # Do not call bool(draft_model): it crashes (openvino_genai 2026.4.1).
         self._assisted = bool(properties.get("prompt_lookup")) or "draft_model" in properties
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
@@ -69,41 +153,43 @@ class LLMPipelineBackend:
         self._batch: Batch | None = None
         self._weights: Any = None
         self._converted: tuple[tuple[GenerationConfig, tuple[int, ...]], Any] | None = None
-        self.doubts: list[str] = []
+        self.warnings: list[str] = []
         scheduler: Any = properties.get("scheduler_config")
         self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
-        self._rules_known = (
+        self._contents_known = (
             self._caches and not batches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
         )
-        self._block_size = block_size
-        self._marks = False
+        self._marks_ids = False
         never_freed_in_children(self)
         with keeping_signal_stack():
             arguments = genai_tokenizer_arguments(model_dir, can_encode="draft_model" in properties)
-            self._tokenizer = openvino_genai.Tokenizer(*arguments)
+            self._tokenizer = self._genai.Tokenizer(*arguments)
             if batches:
-                self._batch = Batch(self._open_batching(), openvino_genai)
+                self._batch = Batch(self._open_batching(), self._genai)
             else:
-                self._pipeline: Any = self._load()
+                self._pipeline: Any = self._open()
+        self._index = None
+        if self._contents_known:
+            self._index = BlockLedger.of(PrefixCache(block_size, int(scheduler.num_kv_blocks)))
 
-    def _load(self) -> Any:
-        """The pipeline; a LongRoPE model on paged attention with its graph edited, or without a prefix cache."""
+    def _open(self) -> Any:
+        """The pipeline. A LongRoPE model on paged attention gets the edited graph, or no prefix cache."""
         if self._boundary is not None and self._caches:
             xml = self._model_dir / "openvino_model.xml"
             try:
-                if self._assisted:  # its candidates hold ids below zero of its own
+                if self._assisted:  # candidate tokens use negative ids too
                     raise UnknownGraph("with prompt lookup or a draft model")
                 graph = with_marked_ids(xml, self._boundary)
             except UnknownGraph as exc:
-                self._caches = self._rules_known = False
+                self._caches = self._contents_known = False
                 self._properties["scheduler_config"].enable_prefix_caching = False
-                self.doubts.append(
-                    f"this LongRoPE model runs without a prefix cache ({exc}): every turn of a chat is computed whole."
+                self.warnings.append(
+                    f"this LongRoPE model runs without a prefix cache ({exc}): every turn of a chat is prefilled whole."
                 )
             else:
-                self._marks = True
+                self._marks_ids = True
                 return self._open_edited(graph, xml.with_suffix(".bin"))
-        return self._open_as_it_is(self._properties)
+        return self._open_as_exported(self._properties)
 
     def _open_batching(self) -> Any:
         properties = {k: v for k, v in self._properties.items() if k not in ("scheduler_config", "ATTENTION_BACKEND")}
@@ -111,68 +197,78 @@ class LLMPipelineBackend:
         make = self._genai.ContinuousBatchingPipeline
         return make(str(self._model_dir), self._tokenizer, scheduler, self._device, **properties)
 
-    def _open_as_it_is(self, properties: Mapping[str, Any]) -> Any:
+    def _open_as_exported(self, properties: Mapping[str, Any]) -> Any:
         return self._genai.LLMPipeline(str(self._model_dir), self._tokenizer, self._device, **properties)
 
     def _open_edited(self, graph: str, weights: Path) -> Any:
         import openvino
 
-        # Copy on write: OpenVINO wants an array that it may write to, and pages that nobody writes stay the file's.
+        # Copy on write: OpenVINO requires a writable array, and pages that nobody writes remain the file's.
         self._weights = openvino.Tensor(np.memmap(weights, dtype=np.uint8, mode="c"), shared_memory=True)
         return self._genai.LLMPipeline(graph, self._weights, self._tokenizer, self._device, **self._properties)
 
+    # -- the protocol ------------------------------------------------------------------------------------------------
+
     @property
-    def prefix_cache(self) -> PrefixCache | None:
-        """The prefix cache; None without one, and with eviction or sparse attention, whose rules are others."""
-        if not self._rules_known:
-            return None
-        return PrefixCache(self._block_size, int(self._properties["scheduler_config"].num_kv_blocks))
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        return CAPABILITIES
 
-    def lacks(self, config: GenerationConfig) -> str | None:
-        """What only a loop of our own can do."""
-        own = config.own_loop()
-        return None if own is None else f"{own} needs a pipeline loaded with backend='infer_request'."
+    @property
+    def prefix_index(self) -> PrefixIndex | None:
+        """The estimated prefix cache; None without one, and with eviction or sparse attention, whose rules differ."""
+        return self._index
 
-    def caches(self, request: Request) -> bool:
-        """Whether the prefix cache serves this request."""
+    def unsupported(self, config: GenerationConfig) -> str | None:
+        """Options that only our own engine has, and seeds that GenAI would truncate."""
+        if options := config.infer_request_options:
+            return f"{options[0]} needs a pipeline loaded with backend='infer_request'."
+        if (config.seed or 0) > _MAX_SEED:
+            return (
+                f"seed={config.seed} is above {_MAX_SEED}, the largest seed of backend='llm_pipeline'; give a smaller "
+                "one, or load with backend='infer_request'."
+            )
+        return None
+
+    def uses_prefix_cache(self, request: Request) -> bool:
+        """Whether this request uses the prefix cache."""
         return self._caches and not self._needs_plain_ids(request)
 
     def _needs_plain_ids(self, request: Request) -> bool:
-        """A repetition penalty reads the prompt's ids, and refuses marked ones."""
-        return request.past_boundary and self._caches and request.config.repetition_penalty not in (None, 1.0)
+        """Whether marked ids must be avoided: a repetition penalty reads the prompt's ids and refuses marked ones."""
+        return request.long_rope and self._caches and request.config.repetition_penalty not in (None, 1.0)
 
-    def generate(self, request: Request, emit: Emit) -> EngineReport:
+    def generate(self, request: Request, sink: TokenSink) -> BackendReport:
         """Stream one reply."""
         if self._batch is not None:
-            ids, limit = self._batch.generate(request, self._tensor(request), self._config(request), emit)
-            return EngineReport(limit, generated=ids)
-        streamer = _streamer_class()(emit)
-        out = self._engine(request).generate(self._tensor(request), self._config(request), streamer)
+            ids, limit = self._batch.generate(request, self._tensor(request), self._config(request), sink)
+            return BackendReport(limit, generated=ids)
+        streamer = _streamer_class()(sink)
+        out = self._pipeline_for(request).generate(self._tensor(request), self._config(request), streamer)
         perf = out.perf_metrics
         tokens = perf.get_num_generated_tokens()
-        return EngineReport(
+        return BackendReport(
             hit_limit=self._hit_limit(out, 0),
             ttft_ms=float(perf.get_ttft().mean) if tokens else None,
             tpot_ms=float(perf.get_tpot().mean) if tokens > 1 else None,
-            reused_tokens=None if self.caches(request) else 0,
+            reused_tokens=None if self.uses_prefix_cache(request) else 0,
             generated=None if self._assisted else [int(token) for token in out.tokens[0]],
         )
 
-    def search(self, request: Request) -> list[Hypothesis]:
+    def generate_n(self, request: Request) -> list[Hypothesis]:
         """Several replies at once, best first."""
         if self._batch is not None:
-            count = request.config.num_return_sequences or 1
-            return self._batch.search(self._tensor(request), self._config(request), count)
-        out = self._engine(request).generate(self._tensor(request), self._config(request))
+            return self._batch.generate_n(request, self._tensor(request), self._config(request))
+        out = self._pipeline_for(request).generate(self._tensor(request), self._config(request))
         return [
             Hypothesis([int(t) for t in ids], float(score), self._hit_limit(out, i))
             for i, (ids, score) in enumerate(zip(out.tokens, out.scores, strict=True))
         ]
 
-    def _engine(self, request: Request) -> Any:
-        """The pipeline; for a request that the prefix cache must not serve, a second one without a cache.
+    def _pipeline_for(self, request: Request) -> Any:
+        """The pipeline; for a request that must not use the prefix cache, a second pipeline without one.
 
-        It is loaded when the first such request comes, and takes the memory of the model once more.
+        The second pipeline is loaded on first use and takes the memory of the model once more.
         """
         if not self._needs_plain_ids(request):
             return self._pipeline
@@ -180,11 +276,23 @@ class LLMPipelineBackend:
             properties = {k: v for k, v in self._properties.items() if k != "scheduler_config"}
             properties["ATTENTION_BACKEND"] = "SDPA"
             with keeping_signal_stack():
-                self._uncached = self._open_as_it_is(properties)
+                self._uncached = self._open_as_exported(properties)
         return self._uncached
 
-    def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """What a Jinja chat template gives, by GenAI's own interpreter; None where that cannot run it."""
+    def score(self, request: Request, start: int, on_progress: Callable[[int], bool], chunk: int) -> list[float]:
+        """Not available: `LLMPipeline` returns no logits."""
+        raise NotImplementedError
+
+    def export_kv(self, ids: NDArray[np.int64], *, long_rope: bool) -> KVEntry:
+        """Not available: `LLMPipeline` gives no access to its cache."""
+        raise NotImplementedError
+
+    def import_kv(self, entry: KVEntry) -> None:
+        """Not available: `LLMPipeline` gives no access to its cache."""
+        raise NotImplementedError
+
+    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """Render a Jinja chat template with GenAI's own interpreter; None if it cannot."""
         render = self._tokenizer.apply_chat_template
         history = self._genai.ChatHistory([dict(m) for m in messages])
         try:
@@ -197,19 +305,18 @@ class LLMPipelineBackend:
         with keeping_signal_stack():
             self._batch = self._pipeline = self._uncached = self._weights = self._tokenizer = None
 
+    # -- conversion --------------------------------------------------------------------------------------------------
+
     def _tensor(self, request: Request) -> Any:
         import openvino
 
         ids = request.ids
-        if request.past_boundary and self._marks and self._boundary is not None and not self._needs_plain_ids(request):
-            ids = mark(ids, self._boundary)
+        if request.long_rope and self._marks_ids and self._boundary is not None and not self._needs_plain_ids(request):
+            ids = mark_ids(ids, self._boundary)
         return openvino.Tensor(np.ascontiguousarray(ids[None, :]))
 
     def _config(self, request: Request) -> Any:
-        """GenAI's config; stop strings stay with us, and all end tokens are stop tokens there.
-
-        The last one is kept: it is the same for most requests, and making it is a part of every first token.
-        """
+        """GenAI's config. The last one is kept: most requests use the same, and making it delays the first token."""
         key = (request.config, request.end_ids)
         last = self._converted
         if last is None or last[0] != key:
@@ -217,15 +324,16 @@ class LLMPipelineBackend:
         return last[1]
 
     def _convert(self, request: Request) -> Any:
-        given = [name for name in _ASSISTED if getattr(request.config, name) is not None]
-        if given and not self._assisted:
+        """GenAI's config without stop strings, which the engine matches, and with every end token as a stop id."""
+        assisted = [name for name in _ASSISTED_OPTIONS if getattr(request.config, name) is not None]
+        if assisted and not self._assisted:
             raise ConfigError(
-                f"{given[0]} needs a pipeline loaded with ov_config={{'prompt_lookup': True}} (or a draft model)."
+                f"{assisted[0]} needs a pipeline loaded with ov_config={{'prompt_lookup': True}} (or a draft model)."
             )
         config = request.config.replace(stop=None, include_stop=None).to_genai()
-        config.stop_token_ids = request.ends
+        config.stop_token_ids = request.stop_ids
         config.eos_token_id = request.end_ids[0] if request.end_ids else -1
-        if self._assisted and not given:
+        if self._assisted and not assisted:
             config.num_assistant_tokens = 5  # GenAI's own default for prompt lookup and draft models
             config.max_ngram_size = 3
         return config
@@ -237,24 +345,24 @@ class LLMPipelineBackend:
 
 @functools.cache
 def _streamer_class() -> Any:
-    """A StreamerBase whose `write` hands every step's ids to an `Emit`; made on first use, as its base needs the
-    engine.
-    """
-    import openvino_genai
+    """A StreamerBase that passes every step's ids to a `TokenSink`; made on first use, as its base needs GenAI."""
+    genai = import_genai()
+    running, stop = genai.StreamingStatus.RUNNING, genai.StreamingStatus.STOP
 
-    running = openvino_genai.StreamingStatus.RUNNING
-    stop = openvino_genai.StreamingStatus.STOP
-
-    class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
-        def __init__(self, emit: Emit) -> None:
+    class Streamer(genai.StreamerBase):  # type: ignore[misc, name-defined]
+        def __init__(self, sink: TokenSink) -> None:
             super().__init__()
-            self._emit = emit
+            self._sink = sink
 
-        # An exception that leaves a callback aborts the process, hence the rule that `emit` never raises.
+        # An exception that leaves a callback aborts the process; a sink never raises.
         def write(self, token: int | Sequence[int]) -> Any:
-            return running if self._emit(token if isinstance(token, list) else [token]) else stop  # type: ignore[list-item]
+            return running if self._sink(token if isinstance(token, list) else [token]) else stop  # type: ignore[list-item]
 
         def end(self) -> None:
             pass
 
     return Streamer
+
+
+def _check_protocol(backend: LLMPipelineBackend) -> Backend:
+    return backend  # mypy holds the class against the protocol here

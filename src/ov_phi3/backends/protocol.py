@@ -1,92 +1,119 @@
-"""Engines that turn token ids into token ids, behind one small protocol."""
+"""The protocol between the engine and what runs the model: token ids in, token ids out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-from ov_phi3.generation.config import GenerationConfig
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.generation.results import TokenLogprob
+    from ov_phi3.kv.entry import KVEntry
+    from ov_phi3.kv.prefix_index import PrefixIndex
+    from ov_phi3.kv.sizing import KVCachePlan
+    from ov_phi3.model.info import ModelInfo
+    from ov_phi3.system.devices import DeviceInfo
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackendReport",
+    "BackendSpec",
     "CallbackFailed",
     "Cancelled",
-    "Emit",
+    "Capabilities",
     "EngineReport",
     "Hypothesis",
-    "PrefixCache",
+    "LoadRequest",
     "Request",
+    "TokenSink",
 ]
 
 BACKENDS = ("llm_pipeline", "infer_request")
-"""Names that `load(backend=...)` takes."""
+"""Names that `load(backend=...)` accepts; `backends/registry.py` maps them to their specifications."""
 
 
-class CallbackFailed(Exception):  # noqa: N818 - what failed is its cause
-    """A callback of the caller's raised; what it raised is the `__cause__`, and is what the caller gets."""
+class CallbackFailed(Exception):  # noqa: N818 - the failure is its cause
+    """A callback of the caller raised; that exception is the `__cause__`, and is raised to the caller."""
 
 
 class Cancelled(Exception):  # noqa: N818 - not a failure
-    """The prefill was stopped, between two pieces or within one."""
+    """A prefill was stopped, between two chunks or within one."""
 
 
-class Emit(Protocol):
-    """Called by an engine with each step's new ids, one or several, and where they were asked for their
-    log-probabilities; False asks it to stop. Never raises.
+class TokenSink(Protocol):
+    """Receives the ids of each step, one or several, and their log-probabilities where requested.
+
+    Returns False to stop the reply. Must not raise.
     """
 
     def __call__(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = (), /) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do, known before a model is loaded.
+
+    Attributes:
+        name: the backend's name, as in `load(backend=...)`.
+        saves_kv: `export_kv` and `import_kv` work: keys and values can be read and written.
+        scores: `score` works.
+        cancels_within_pass: a running pass can be cancelled, so that long prompts need no chunks.
+        batches: several requests can run at once.
+    """
+
+    name: str
+    saves_kv: bool = False
+    scores: bool = False
+    cancels_within_pass: bool = False
+    batches: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """What an engine is asked for.
+    """One request to a backend.
 
     Attributes:
         ids: the prompt, int64, shape [tokens].
-        config: fully resolved.
-        end_ids: ids that end the reply.
-        past_boundary: the sequence is past the LongRoPE boundary, so that no keys of a shorter one may serve it.
-        alone: take nothing from what earlier requests left in the cache, so that the arithmetic is the same whatever
-            ran before; for an engine whose cache is known token by token.
-        keep: the conversation may go on, so that what is cached of it is worth keeping whole.
-        wanted: asked now and then during a long pass; an engine that can stop within one does so when it says False.
+        config: the options, fully resolved.
+        end_ids: the model's own end tokens.
+        long_rope: the sequence is past the LongRoPE boundary; keys of a shorter sequence must not be reused.
+        isolated: do not reuse cached KV, so that a seeded request is reproducible; for backends whose cache is known
+            token by token.
+        pinned: the conversation may continue, so its cached KV should be kept whole.
+        should_continue: called now and then during a long pass; False stops the pass where the backend can do so.
     """
 
     ids: NDArray[np.int64]
     config: GenerationConfig
     end_ids: tuple[int, ...]
-    past_boundary: bool = False
-    alone: bool = False
-    keep: bool = False
-    wanted: Callable[[], bool] | None = None
+    long_rope: bool = False
+    isolated: bool = False
+    pinned: bool = False
+    should_continue: Callable[[], bool] | None = None
 
     @property
-    def ends(self) -> set[int]:
-        """Every id that ends the reply: those asked for, and the model's own unless they are to be ignored."""
+    def stop_ids(self) -> set[int]:
+        """Every id that ends the reply: the requested ones, and the model's own unless `ignore_eos` is set."""
         return {*(self.config.stop_token_ids or ()), *(() if self.config.ignore_eos else self.end_ids)}
 
 
 @dataclass(frozen=True, slots=True)
-class EngineReport:
-    """What an engine says about a reply that it streamed.
+class BackendReport:
+    """What a backend reports about a streamed reply.
 
     Attributes:
-        hit_limit: it ended at its length limit.
-        ttft_ms: the engine's own time to first token, in milliseconds, or None.
-        tpot_ms: the engine's own mean time per further token, in milliseconds, or None.
-        reused_tokens: prompt tokens found in the cache, or None where that cannot be known.
-        recomputed_tokens: tokens computed a second time, as the reply grew past the LongRoPE boundary.
-        generated: every id that the engine generated, with those behind a stop that nobody saw; None where it does not
-            tell, or computed others besides.
+        hit_limit: the reply ended at its length limit.
+        ttft_ms: time to first token by the backend's own clock, in milliseconds, or None.
+        tpot_ms: mean time per further token by the backend's own clock, in milliseconds, or None.
+        reused_tokens: prompt tokens found in the cache, or None if unknown.
+        recomputed_tokens: tokens computed a second time because the reply crossed the LongRoPE boundary.
+        generated: every id that the backend generated, including ids behind a stop that were not delivered; None if
+            the backend does not report them, or computed other ids as well.
     """
 
     hit_limit: bool
@@ -97,22 +124,19 @@ class EngineReport:
     generated: Sequence[int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixCache:
-    """An engine's prefix cache, as `BlockLedger` keeps its books.
-
-    Attributes:
-        block_size: tokens per block.
-        num_blocks: places; 0 for a cache that grows.
-    """
-
-    block_size: int
-    num_blocks: int
+EngineReport = BackendReport
+"""Former name of `BackendReport`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One of several replies: its ids, and the engine's score (log-probability, normalised as the engine does)."""
+    """One of several replies to a prompt.
+
+    Attributes:
+        ids: its token ids.
+        score: log-probability, normalised by the backend's own rule.
+        hit_limit: it ended at its length limit.
+    """
 
     ids: list[int]
     score: float
@@ -120,35 +144,120 @@ class Hypothesis:
 
 
 class Backend(Protocol):
-    """One engine with one model loaded. Called from one thread at a time."""
+    """One model loaded into one inference engine. Called from one thread at a time unless it batches.
+
+    Attributes:
+        warnings: sentences about what works, but not as it should.
+    """
+
+    warnings: list[str]
 
     @property
-    def prefix_cache(self) -> PrefixCache | None:
-        """Its prefix cache; None where it has none, or one whose rules are not known."""
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
         ...
 
-    def lacks(self, config: GenerationConfig) -> str | None:
-        """What in a config this engine cannot do, as a sentence with what to do; None where it can all of it."""
+    @property
+    def prefix_index(self) -> PrefixIndex | None:
+        """Index of its prefix cache; None without a cache, or if the cache's contents cannot be known."""
         ...
 
-    def caches(self, request: Request) -> bool:
-        """Whether this request uses the prefix cache."""
+    @property
+    def needs_whole_prompts(self) -> bool:
+        """Whether every prompt must be prefilled in one pass."""
         ...
 
-    def generate(self, request: Request, emit: Emit) -> EngineReport:
-        """Stream one reply; returns when it has ended or `emit` said False."""
+    def unsupported(self, config: GenerationConfig) -> str | None:
+        """The first option that it does not support, as a sentence that says what to do; None if it supports all."""
         ...
 
-    def search(self, request: Request) -> list[Hypothesis]:
-        """Several replies at once (beam search, or several samples), best first; not streamed."""
+    def uses_prefix_cache(self, request: Request) -> bool:
+        """Whether this request reads and fills the prefix cache."""
         ...
 
-    def render(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """What a Jinja chat template gives for messages and a generation prompt; None where the engine cannot run
-        it.
+    def generate(self, request: Request, sink: TokenSink) -> BackendReport:
+        """Stream one reply; returns when it has ended or the sink has returned False."""
+        ...
+
+    def generate_n(self, request: Request) -> list[Hypothesis]:
+        """Several replies (beam search or samples), best first, not streamed; empty if stopped before the first one."""
+        ...
+
+    def score(self, request: Request, start: int, on_progress: Callable[[int], bool], chunk: int) -> list[float]:
+        """Log-probabilities of the request's ids from `start` on, each given all ids before it.
+
+        Args:
+            request: the ids to score.
+            start: index of the first scored id, at least 1.
+            on_progress: receives the number of computed tokens; returns False to stop.
+            chunk: tokens per pass of the part before `start`; 0 for one pass.
         """
+        ...
+
+    def export_kv(self, ids: NDArray[np.int64], *, long_rope: bool) -> KVEntry:
+        """A copy of the cached keys and values of the longest cached beginning of these ids."""
+        ...
+
+    def import_kv(self, entry: KVEntry) -> None:
+        """Let requests reuse an entry for as long as it is referenced elsewhere."""
+        ...
+
+    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """Render a Jinja chat template with a generation prompt; None if the backend cannot run it."""
         ...
 
     def close(self) -> None:
         """Free the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What to load, and how.
+
+    Attributes:
+        info: the model.
+        device: the device.
+        properties: OpenVINO properties, complete and checked.
+        kv: planned size of the KV cache.
+        concurrency: requests that run at once.
+        max_step_tokens: tokens that one step of several requests may compute; 0 for any number.
+        paging_required: paged attention must not be given up, since the cache's size or `concurrency` depends on it.
+    """
+
+    info: ModelInfo
+    device: DeviceInfo
+    properties: Mapping[str, Any]
+    kv: KVCachePlan
+    concurrency: int = 1
+    max_step_tokens: int = 0
+    paging_required: bool = False
+
+
+class BackendSpec(Protocol):
+    """A backend before a model is loaded."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a loaded model of this backend can do."""
+        ...
+
+    def resolve_properties(self, device: DeviceInfo, properties: Mapping[str, Any]) -> dict[str, Any]:
+        """The properties with this backend's own defaults.
+
+        Raises:
+            ConfigError: a property or device that this backend does not support.
+        """
+        ...
+
+    def check_concurrency(self, request: LoadRequest) -> str | None:
+        """What several requests at once would need and is not there, as a noun phrase; None if they can run."""
+        ...
+
+    def open(self, request: LoadRequest) -> Backend:
+        """Load the model."""
+        ...
+
+    def fallback(self, request: LoadRequest, reason: str) -> tuple[LoadRequest, str] | None:
+        """Another way to load after a failure, and a warning about it; None if there is none."""
         ...

@@ -129,7 +129,7 @@ def _check_room(pipe: Pipeline, plan: _Plan) -> None:
     """Refuse lengths that do not fit the context window, before minutes of measuring."""
     config = GenerationConfig(max_new_tokens=plan.new_tokens)
     for length in plan.prompt_tokens:
-        pipe._limits.check_room(config, length, pipe.context_length - length)
+        pipe.engine.check_room(config, length)
 
 
 def _measure_replies(
@@ -196,8 +196,8 @@ def _settings(pipe: Pipeline, plan: _Plan) -> dict[str, Any]:
         "backend": load_report.backend,
         "ov_config": {key: str(value) for key, value in load_report.ov_config.items()},
         "context_length": pipe.context_length,
-        "kv_cache": asdict(pipe._pool.layout),
-        "prefill_chunk": pipe._generator.chunk,
+        "kv_cache": asdict(pipe.engine.kv_plan.layout),
+        "prefill_chunk": pipe.engine.prefill_chunk,
         "compile_cache": load_report.cache,
         "prompt_tokens": list(plan.prompt_tokens),
         "new_tokens": plan.new_tokens,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.kv.cache import KVLayout
+from ov_phi3.kv.layout import KVLayout
 from ov_phi3.model.ir import IrGraph
 from ov_phi3.system.bandwidth import bandwidth
 

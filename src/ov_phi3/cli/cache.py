@@ -86,7 +86,7 @@ def _info(args: argparse.Namespace) -> int:
     from ov_phi3.kv import snapshot
 
     found = snapshot.read(args.file, verify=False)
-    tensors = found.value.tensors
+    tensors = found.entry.tensors
     facts: dict[str, Any] = {
         "kind": found.kind,
         "token ids": len(found.ids),
@@ -95,8 +95,8 @@ def _info(args: argparse.Namespace) -> int:
         "exact": tensors.exact,
         "bytes": found.size,
         "layers": len(tensors.arrays) // 2,
-        "past the LongRoPE boundary": found.value.past_boundary,
-        **found.identity,
+        "past the LongRoPE boundary": found.entry.long_rope,
+        **found.fingerprint,
     }
     if found.conversation is not None:
         facts["turns"] = len(found.conversation.get("turns", ()))
@@ -109,7 +109,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from ov_phi3.kv import snapshot
-    from ov_phi3.kv.snapshot import check_identity, identity_of
+    from ov_phi3.kv.fingerprint import check_fingerprint, fingerprint_of
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.template import ChatTemplate
 
@@ -118,6 +118,6 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"{args.file} is whole.")
         return 0
     info = ModelInfo.from_dir(args.model)
-    check_identity(found.identity, identity_of(info, ChatTemplate.for_info(info)), str(args.file))
+    check_fingerprint(found.fingerprint, fingerprint_of(info, ChatTemplate.for_info(info)), str(args.file))
     print(f"{args.file} is whole, and of {info.path}.")
     return 0

@@ -1,4 +1,4 @@
-"""What a request may ask for: every option filled in, and checked against the model, the engine and the window."""
+"""The limits of a request: every option filled in and checked against the model, the backend and the window."""
 
 from __future__ import annotations
 
@@ -9,127 +9,111 @@ from typing import TYPE_CHECKING
 from ov_phi3.errors import ConfigError, ContextOverflowError
 
 if TYPE_CHECKING:
-    from ov_phi3.engine.runner import Generator
+    from ov_phi3.engine.longrope import LongRope
     from ov_phi3.generation.config import GenerationConfig
-    from ov_phi3.kv.sizing import KVPool
-    from ov_phi3.model.info import ModelInfo
+    from ov_phi3.kv.prefix_index import PrefixIndex
 
 __all__ = ["Limits", "seconds"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of a pipeline's requests.
+    """The limits of one pipeline.
 
     Attributes:
-        info: the model.
-        defaults: its own generation options.
+        defaults: the model's own generation options.
         context_length: tokens that prompt and reply share.
-        generator: knows where a reply must be computed afresh.
-        pool: knows why the window is smaller than the model's.
+        reason: why the context length is below the model's; starts with a space, or is empty.
+        vocab_size: token ids are below this.
+        long_rope: ends replies whose options cannot cross the boundary.
+        index: index of the prefix cache, which several sequences at once must fit into; None if there is none.
     """
 
-    info: ModelInfo
     defaults: GenerationConfig
     context_length: int
-    generator: Generator
-    pool: KVPool
+    reason: str
+    vocab_size: int
+    long_rope: LongRope
+    index: PrefixIndex | None = None
 
-    def resolve(self, wanted: GenerationConfig, prompt_tokens: int, *, streams: bool) -> GenerationConfig:
-        """Every option filled in and checked against the room that the prompt leaves.
+    def resolve(self, config: GenerationConfig, prompt_tokens: int, *, streamed: bool) -> GenerationConfig:
+        """Fill in every option and check it against the room that the prompt leaves.
 
         Raises:
-            ConfigError: an option that the model or a stream cannot have.
+            ConfigError: an option that the model, or a stream, does not support.
             ContextOverflowError: prompt and reply do not fit the context window.
         """
         room = self.context_length - prompt_tokens
-        self.check_room(wanted, prompt_tokens, room)
-        resolved = wanted.resolve(self.defaults, room=room, prompt_tokens=prompt_tokens)
-        for name in ("num_beams", "num_return_sequences"):
-            if streams and getattr(resolved, name) > 1:
-                raise ConfigError(
-                    f"{name}={getattr(resolved, name)} cannot be streamed: which reply wins is known at the end only. "
-                    f"Use generate(), or {name}=1."
-                )
-        if resolved._is_search() and wanted.max_new_tokens is None and wanted.max_length is None:
-            most = self.generator.search_room(prompt_tokens, resolved)
-            if most is not None and most < (resolved.max_new_tokens or 0):
-                least = min(resolved.min_new_tokens or 0, most)
-                resolved = resolved.replace(max_new_tokens=most, min_new_tokens=least)
+        self.check_room(config, prompt_tokens)
+        resolved = config.resolve(self.defaults, room=room, prompt_tokens=prompt_tokens)
+        if streamed:
+            _check_streamable(resolved)
+        explicit_length = config.max_new_tokens is not None or config.max_length is not None
+        if resolved.is_multi_sequence and not explicit_length:
+            resolved = self._limit_several(resolved, prompt_tokens)
+        self._check_ids(resolved)
+        return self.long_rope.limit(resolved, prompt_tokens, explicit_length=explicit_length)
+
+    def _limit_several(self, resolved: GenerationConfig, prompt_tokens: int) -> GenerationConfig:
+        """Shorten several sequences without a requested length to what a cache of fixed size holds."""
+        if self.index is None or self.index.growable:
+            return resolved
+        block = self.index.block_size
+        free = self.index.capacity // block - -(-prompt_tokens // block)
+        most = max(1, (free // resolved.num_sequences - 1) * block)
+        if most >= (resolved.max_new_tokens or 0):
+            return resolved
+        return resolved.replace(max_new_tokens=most, min_new_tokens=min(resolved.min_new_tokens or 0, most))
+
+    def _check_ids(self, resolved: GenerationConfig) -> None:
         biased = list(dict(resolved.logit_bias or ()))
         for name, ids in (("stop_token_ids", resolved.stop_token_ids or ()), ("logit_bias", biased)):
-            wrong = [i for i in ids if i >= self.info.vocab_size]
-            if wrong:
-                raise ConfigError(f"{name} holds {wrong[0]}; ids go from 0 to {self.info.vocab_size - 1}.")
-        return self._before_boundary(wanted, resolved, prompt_tokens)
+            outside = [i for i in ids if i >= self.vocab_size]
+            if outside:
+                raise ConfigError(f"{name} holds {outside[0]}; ids go from 0 to {self.vocab_size - 1}.")
 
-    def _before_boundary(
-        self, wanted: GenerationConfig, resolved: GenerationConfig, prompt_tokens: int
-    ) -> GenerationConfig:
-        """End a reply at the LongRoPE boundary where an option of it could not be carried across."""
-        room = self.generator.reply_room(prompt_tokens)
-        limit = resolved.max_new_tokens or 0
-        if room is None or limit <= room or (why := self._cannot_cross(resolved)) is None:
-            return resolved
-        if self.generator.assisted_tokens:  # candidates are computed together with the token before them
-            room -= max(self.generator.assisted_tokens, resolved.num_assistant_tokens or 0)
-        if room < 1 or wanted.max_new_tokens is not None or wanted.max_length is not None:
-            raise ConfigError(
-                f"{why} cannot be carried past {self.info.rope_boundary} tokens, where this LongRoPE model is computed "
-                f"afresh: the prompt has {prompt_tokens} tokens and the reply may have {limit}. "
-                + (f"Ask for at most {room} new tokens, or leave the option out." if room > 0 else "Leave it out.")
-            )
-        return resolved.replace(max_new_tokens=room, min_new_tokens=min(resolved.min_new_tokens or 0, room))
-
-    def _cannot_cross(self, config: GenerationConfig) -> str | None:
-        """The option whose state the engine keeps from the reply's first token on, if there is one."""
-        if self.generator.assisted_tokens:
-            return "speculative decoding"
-        for name in ("json_schema", "regex", "grammar"):
-            if getattr(config, name) is not None:
-                return name
-        for name, idle in (
-            ("presence_penalty", 0.0),
-            ("frequency_penalty", 0.0),
-            ("num_beams", 1),
-            ("num_return_sequences", 1),
-        ):
-            if getattr(config, name) != idle:
-                return f"{name}={getattr(config, name)}"
-        return None
-
-    def check_room(self, wanted: GenerationConfig, prompt_tokens: int, room: int) -> None:
-        """Refuse a prompt, or a length that was asked for, past the context window.
+    def check_room(self, config: GenerationConfig, prompt_tokens: int) -> None:
+        """Refuse a prompt, or a requested length, past the context window.
 
         Raises:
             ContextOverflowError: they do not fit.
         """
+        room = self.context_length - prompt_tokens
         if room < 1:
             problem = f"the prompt has {prompt_tokens} tokens, which leaves no room for a reply"
-        elif (wanted.max_new_tokens or 0) > room:
-            problem = f"the prompt has {prompt_tokens} tokens and max_new_tokens is {wanted.max_new_tokens}"
-        elif (wanted.min_new_tokens or 0) > room:
-            problem = f"the prompt has {prompt_tokens} tokens and min_new_tokens is {wanted.min_new_tokens}"
-        elif wanted.max_length is not None and not prompt_tokens < wanted.max_length <= self.context_length:
-            problem = f"the prompt has {prompt_tokens} tokens and max_length is {wanted.max_length}"
+        elif (config.max_new_tokens or 0) > room:
+            problem = f"the prompt has {prompt_tokens} tokens and max_new_tokens is {config.max_new_tokens}"
+        elif (config.min_new_tokens or 0) > room:
+            problem = f"the prompt has {prompt_tokens} tokens and min_new_tokens is {config.min_new_tokens}"
+        elif config.max_length is not None and not prompt_tokens < config.max_length <= self.context_length:
+            problem = f"the prompt has {prompt_tokens} tokens and max_length is {config.max_length}"
         else:
             return
         advice = "Shorten the prompt" + (f", or ask for at most {room} new tokens." if room > 0 else ".")
-        raise self.overflow(problem, prompt_tokens, wanted.max_new_tokens, advice)
+        raise self.overflow(problem, prompt_tokens, config.max_new_tokens, advice)
 
     def overflow(self, problem: str, prompt_tokens: int, new: int | None, advice: str) -> ContextOverflowError:
-        """The error for what does not fit the context window."""
+        """The error for a request that does not fit the context window."""
         return ContextOverflowError(
             f"{problem}; prompt and reply share a context window of {self.context_length} tokens"
-            f"{self.pool.because}. {advice}",
+            f"{self.reason}. {advice}",
             prompt_tokens=prompt_tokens,
             max_new_tokens=new,
             context_length=self.context_length,
         )
 
 
+def _check_streamable(resolved: GenerationConfig) -> None:
+    for name in ("num_beams", "num_return_sequences"):
+        if getattr(resolved, name) > 1:
+            raise ConfigError(
+                f"{name}={getattr(resolved, name)} cannot be streamed: which reply wins is known at the end only. "
+                f"Use generate(), or {name}=1."
+            )
+
+
 def seconds(name: str, value: object) -> float:
-    """A time that was given as an argument.
+    """A duration given as an argument, in seconds.
 
     Raises:
         ConfigError: not above 0, or not a number.

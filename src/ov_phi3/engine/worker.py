@@ -1,13 +1,13 @@
-"""One reply from request to result: what runs in a stream's thread."""
+"""One reply from request to result: the work of a stream's thread."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ov_phi3.backends.protocol import Backend, CallbackFailed, EngineReport, Request
-from ov_phi3.engine.runner import Cancelled, Generator
-from ov_phi3.engine.stream import Channel, never_raises, now
+from ov_phi3.backends.protocol import BackendReport, CallbackFailed, Cancelled, Hypothesis, Request
 from ov_phi3.errors import Error
 from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
@@ -15,52 +15,68 @@ from ov_phi3.system.failures import to_generation_error
 from ov_phi3.text.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
-    from ov_phi3.engine.queue import Turn, Turns
+    from ov_phi3.backends.request_queue import RequestQueue, Ticket
+    from ov_phi3.engine.channel import Channel
+    from ov_phi3.engine.runner import Runner
     from ov_phi3.text.tokenizer import Tokenizer
 
-__all__ = ["OnEnd", "OnPrefill", "Reply"]
+__all__ = ["OnEnd", "OnPrefill", "ReplyOptions", "ReplyWorker", "now"]
 
 OnEnd = Callable[[GenerationResult | None], GenerationResult | None]
+"""Receives the result, or None after a failure, before the consumer does; returns what the consumer gets."""
 
 OnPrefill = Callable[[int, int], object]
-"""Told how many prompt tokens are prefilled, of how many; runs in the reply's own thread."""
+"""Receives the number of prefilled prompt tokens and their total, in the reply's own thread."""
+
+_STRUCTURED = ("json_schema", "regex", "grammar")
 
 
-class Reply:
-    """Builds one reply from an engine's ids, and hands it to a channel.
+def now() -> float:
+    """The clock of all time stamps, in seconds."""
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """How a reply is run and reported, besides what is generated.
+
+    Attributes:
+        requested: when the caller made the request, by `now`.
+        deadline: when the reply must have ended, by `now`; None for no limit.
+        on_prefill: receives the progress of the prefill; an exception from it ends the reply and is raised to the
+            consumer.
+        on_end: records the result before the consumer gets it.
+    """
+
+    requested: float
+    deadline: float | None = None
+    on_prefill: OnPrefill | None = None
+    on_end: OnEnd | None = None
+
+
+class ReplyWorker:
+    """Builds one reply from a backend's ids and delivers it to a channel.
 
     Args:
-        request: what is asked of the engine.
-        generator: asks it.
-        tokenizer: makes text of ids.
-        channel: where chunks, the result or the error go.
-        requested: when the caller asked, by `stream.now`.
-        on_end: given the result, or None after a failure, before the consumer is, and gives back what the consumer
-            gets; for who keeps a record of the conversation.
-        on_prefill: told the progress of the prefill; what it raises ends the reply and reaches the consumer.
-        deadline: when the reply must have ended, by `stream.now`; None for never.
+        request: the request to the backend.
+        runner: runs the request.
+        tokenizer: decodes the ids.
+        channel: receives chunks, and the result or the error.
+        options: see `ReplyOptions`.
     """
 
     def __init__(
-        self,
-        request: Request,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        channel: Channel,
-        requested: float,
-        on_end: OnEnd | None = None,
-        on_prefill: OnPrefill | None = None,
-        deadline: float | None = None,
+        self, request: Request, runner: Runner, tokenizer: Tokenizer, channel: Channel, options: ReplyOptions
     ) -> None:
         self._request = request
-        self._deadline = deadline
-        self._timed_out = False
-        self._generator = generator
+        self._runner = runner
         self._tokenizer = tokenizer
         self._channel = channel
-        self._requested = requested
-        self._on_end = on_end
-        self._on_prefill = on_prefill
+        self._options = options
+        self._queued = now()
+        self._started: float | None = None
+        self._first_text: float | None = None
+        self._timed_out = False
         self._prefilled = -1
         self._decoder = tokenizer.stream_decoder()
         self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
@@ -68,86 +84,101 @@ class Reply:
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._stamps: list[float] = []
-        self._started: float | None = None
-        self._first_text: float | None = None
         self._failure: BaseException | None = None
         self._last: StreamChunk | None = None
         self._limit = request.config.max_new_tokens or 0
 
-    def run(self, backend: Callable[[], Backend], turns: Turns, turn: Turn) -> None:
-        """Wait for the engine, generate, and end the channel, whatever happens."""
-        self._channel.on_cancel(lambda: turns.give_up(turn))
+    def run(self, queue: RequestQueue, ticket: Ticket, check_open: Callable[[], object]) -> None:
+        """Wait for the engine, generate, and end the channel, whatever happens.
+
+        Args:
+            queue: the queue of the engine.
+            ticket: this reply's ticket, which has joined the queue.
+            check_open: raises if the engine was closed while this reply waited.
+        """
+        self._channel.attach_worker()
+        self._channel.on_cancel(lambda: queue.abandon(ticket))
         try:
-            left = None if self._deadline is None else self._deadline - now()
-            begun = turns.begin(turn, left)
-            result = self._generate(backend()) if begun and not self._over() else self._unbegun()
+            deadline = self._options.deadline
+            started = queue.start(ticket, None if deadline is None else deadline - now())
+            if not started and not self._channel.cancelled:
+                self._timed_out = True  # by the wait's own clock, which may be a little ahead of ours
+            if started:
+                check_open()
+            result = self._generate() if started and not self._should_stop() else self._empty_result()
         except Error as exc:
             self._end(None, exc)
         except CallbackFailed as exc:
             self._end(None, exc.__cause__)
-        except BaseException as exc:  # noqa: BLE001 - a thread must not die with the consumer waiting
-            error = self._explained(exc)
+        except BaseException as exc:  # noqa: BLE001 - a thread must not die while its consumer waits
+            error = self._to_error(exc)
             error.__cause__ = exc
             self._end(None, error)
         else:
             self._end(result, None)
         finally:
-            turns.leave(turn)
+            queue.leave(ticket)
 
-    def _explained(self, exc: BaseException) -> Error:
-        """An exception of the engine in our words."""
-        structure = [n for n in ("json_schema", "regex", "grammar") if getattr(self._request.config, n) is not None]
+    def _to_error(self, exc: BaseException) -> Error:
+        """The error for an exception of the backend."""
+        structure = [name for name in _STRUCTURED if getattr(self._request.config, name) is not None]
         return to_generation_error(exc, structure[0] if structure and not self._ids else None)
 
     def _end(self, result: GenerationResult | None, error: BaseException | None) -> None:
         try:
-            if self._on_end is not None:
-                result = self._on_end(result)
+            if self._options.on_end is not None:
+                result = self._options.on_end(result)
         finally:
             self._channel.end(result, error, last=self._last if result is not None else None)
 
-    def _generate(self, backend: Backend) -> GenerationResult:
+    def _generate(self) -> GenerationResult:
         self._channel.on_cancel(None)
         self._started = now()
         try:
-            if self._request.config._is_search():
-                return self._search(backend)
-            emit = never_raises(self._emit, self._failed)
-            report = self._generator.generate(backend, self._request, emit, self._watch)
+            if self._request.config.is_multi_sequence:
+                return self._generate_n()
+            report = self._runner.generate(self._request, self._guarded_sink, self._on_progress)
         except Cancelled:
-            return self._unbegun()
+            return self._empty_result()
         if self._failure is not None:
             raise self._failure
         return self._finish(report)
 
-    def _watch(self, done: int, total: int) -> bool:
-        """Hand on the progress of the prefill, each figure once."""
-        if self._on_prefill is not None and done > self._prefilled and not self._over():
+    def _on_progress(self, done: int, total: int) -> bool:
+        """Report the progress of the prefill, each figure once; returns whether to continue."""
+        on_prefill = self._options.on_prefill
+        if on_prefill is not None and done > self._prefilled and not self._should_stop():
             self._prefilled = done
             try:
-                self._on_prefill(done, total)
+                on_prefill(done, total)
             except BaseException as exc:
                 raise CallbackFailed from exc
-        return not self._over()
+        return not self._should_stop()
 
-    def _over(self) -> bool:
-        """Whether nobody wants the rest: it was cancelled, or its time is up."""
+    def _should_stop(self) -> bool:
+        """Whether the rest of the reply is not wanted: it was cancelled, or its time is up."""
         if self._channel.cancelled:
             return True
-        self._timed_out = self._timed_out or (self._deadline is not None and now() >= self._deadline)
+        deadline = self._options.deadline
+        self._timed_out = self._timed_out or (deadline is not None and now() >= deadline)
         return self._timed_out
 
-    def _failed(self, exc: BaseException) -> None:
-        self._failure = exc
+    def _guarded_sink(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
+        """`_deliver`, whose exceptions stop the backend instead of reaching it: that would abort the process."""
+        try:
+            return self._deliver(ids, logprobs)
+        except BaseException as exc:  # noqa: BLE001
+            self._failure = exc
+            return False
 
-    def _emit(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
-        """One step of the engine: stamp, decode, hand over. Runs in the engine's thread."""
-        if self._over() or self._stops.matched is not None or len(self._ids) >= self._limit:
+    def _deliver(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> bool:
+        """Stamp, decode and deliver one step of the backend; returns whether to continue. Runs in its thread."""
+        if self._should_stop() or self._stops.matched is not None or len(self._ids) >= self._limit:
             return False
         stamp = now()
         if not self._ids:
-            self._watch(len(self._request.ids), len(self._request.ids))
-        # Speculative steps can bring more tokens than were asked for.
+            self._on_progress(len(self._request.ids), len(self._request.ids))
+        # Steps with speculation can bring more tokens than the limit allows.
         step = list(ids[: self._limit - len(self._ids)])
         self._ids += step
         self._stamps += [stamp] * len(step)
@@ -160,22 +191,23 @@ class Reply:
         self._channel.put(StreamChunk(text, step, logprobs=list(logprobs)))
         return self._stops.matched is None
 
-    def _finish(self, report: EngineReport | None) -> GenerationResult:
+    # -- the result --------------------------------------------------------------------------------------------------
+
+    def _finish(self, report: BackendReport | None) -> GenerationResult:
+        rest = ""
         if self._stops.matched is None:
             rest = self._stops.add(self._decoder.flush()) + self._stops.flush()
             if rest:
                 self._texts.append(rest)
                 self._first_text = self._first_text or now()
-        else:
-            rest = ""
-        reason = self._reason(report)
+        reason = self._finish_reason(report)
         self._last = StreamChunk(rest, [], reason)
         return self._result(reason, report)
 
-    def _reason(self, report: EngineReport | None) -> FinishReason:
+    def _finish_reason(self, report: BackendReport | None) -> FinishReason:
         if self._stops.matched is not None:
             return "stop"
-        if self._ids and self._ids[-1] in self._request.ends:
+        if self._ids and self._ids[-1] in self._request.stop_ids:
             return "stop"
         if self._channel.cancelled:
             return "cancelled"
@@ -185,25 +217,31 @@ class Reply:
             return "length"
         return "stop"
 
-    def _unbegun(self) -> GenerationResult:
-        """The result of a request that was cancelled, or whose time was up, before its turn or first token came."""
-        self._over()
+    def _empty_result(self) -> GenerationResult:
+        """The result of a request that was cancelled, or timed out, before its first token."""
+        self._should_stop()
         return self._finish(None)
 
     def _result(
-        self, reason: FinishReason, report: EngineReport | None, alternatives: tuple[Alternative, ...] = ()
+        self, reason: FinishReason, report: BackendReport | None, alternatives: tuple[Alternative, ...] = ()
     ) -> GenerationResult:
+        from_backend: dict[str, Any] = {}
+        if report is not None:
+            from_backend = {
+                "reused_tokens": report.reused_tokens,
+                "recomputed_tokens": report.recomputed_tokens,
+                "engine_ttft_ms": report.ttft_ms,
+                "engine_tpot_ms": report.tpot_ms,
+            }
         metrics = Metrics.from_stamps(
-            requested=self._requested,
+            requested=self._options.requested,
+            queued=self._queued,
             started=self._started,
             tokens=self._stamps,
             first_text=self._first_text,
             ended=now(),
             prompt_tokens=len(self._request.ids),
-            reused_tokens=report.reused_tokens if report else None,
-            recomputed_tokens=report.recomputed_tokens if report else 0,
-            engine_ttft_ms=report.ttft_ms if report else None,
-            engine_tpot_ms=report.tpot_ms if report else None,
+            **from_backend,
         )
         return GenerationResult(
             text="".join(self._texts),
@@ -217,23 +255,30 @@ class Reply:
             logprobs=self._logprobs,
         )
 
-    # -- several replies at once -------------------------------------------------------------------------------------
+    # -- several replies to one prompt -------------------------------------------------------------------------------
 
-    def _search(self, backend: Backend) -> GenerationResult:
-        """Beams or several samples: nothing is streamed, so the first token comes with the last."""
-        hypotheses, reused = self._generator.search(backend, self._request, self._watch)
-        found = [self._alternative(h.ids, h.score, h.hit_limit) for h in hypotheses]
-        best, self._stops.matched = found[0]
+    def _generate_n(self) -> GenerationResult:
+        """Beams or samples: nothing is streamed, so the first token is delivered with the last."""
+        hypotheses, reused = self._runner.generate_n(self._request, self._on_progress)
+        replies = [self._alternative(hypothesis) for hypothesis in hypotheses]
+        best, self._stops.matched = replies[0]
         self._ids, self._texts = best.token_ids, [best.text]
         self._first_text = now()
         self._stamps = [self._first_text] * len(best.token_ids)
         self._last = StreamChunk(best.text, best.token_ids, best.finish_reason)
-        report = EngineReport(hypotheses[0].hit_limit, reused_tokens=reused)
-        return self._result(best.finish_reason, report, tuple(a for a, _ in found))
+        report = BackendReport(hypotheses[0].hit_limit, reused_tokens=reused)
+        return self._result(best.finish_reason, report, tuple(reply for reply, _ in replies))
 
-    def _alternative(self, ids: list[int], score: float, hit_limit: bool) -> tuple[Alternative, str | None]:
-        config = self._request.config
+    def _alternative(self, hypothesis: Hypothesis) -> tuple[Alternative, str | None]:
+        """One reply, cut at a stop string, and that stop string."""
+        config, ids = self._request.config, hypothesis.ids
         stops = StopMatcher(config.stop or (), include=bool(config.include_stop))
         text = stops.add(self._tokenizer.decode(ids)) + stops.flush()
-        stopped = stops.matched is not None or not hit_limit
-        return Alternative(text, ids, "stop" if stopped else "length", score), stops.matched
+        reason: FinishReason = "length"
+        if stops.matched is not None or (ids and ids[-1] in self._request.stop_ids):
+            reason = "stop"
+        elif self._should_stop():
+            reason = "cancelled" if self._channel.cancelled else "timeout"
+        elif not hypothesis.hit_limit:
+            reason = "stop"
+        return Alternative(text, ids, reason, hypothesis.score), stops.matched

@@ -1,1 +1,1 @@
-"""From a Hugging Face model to an exported one, with optimum-cli in a subprocess."""
+"""Export of a Hugging Face model to OpenVINO, with optimum-cli in a subprocess."""

@@ -174,6 +174,20 @@ class GenerationConfig:
         return cls(max_new_tokens=1, do_sample=False, ignore_eos=True).resolve(room=1)
 
     @classmethod
+    def of(cls, config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
+        """A config with options over it, as `generate(prompt, config, **options)` takes them.
+
+        Raises:
+            ConfigError: as the constructor.
+            TypeError: `config` is not a `GenerationConfig`.
+        """
+        if config is None:
+            return cls(**options)
+        if not isinstance(config, GenerationConfig):
+            raise TypeError(f"config must be a GenerationConfig, not {type(config).__name__}")
+        return config.replace(**options) if options else config
+
+    @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> GenerationConfig:
         """From Hugging Face's names: a dict, a `generation_config.json`, or a directory that holds one.
 

@@ -1,4 +1,4 @@
-"""How large the engine's KV cache is, and how much of the context window fits it."""
+"""How large the KV cache of a model is made, and how much of the context window it holds."""
 
 from __future__ import annotations
 
@@ -7,63 +7,49 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError
-from ov_phi3.kv.cache import KVLayout
-from ov_phi3.system import machine
+from ov_phi3.kv.layout import KVLayout
+from ov_phi3.system.memory import Memory, machine_memory
 
 if TYPE_CHECKING:
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.system.devices import DeviceInfo
 
-__all__ = ["KVPool", "plan"]
+__all__ = ["KVCachePlan", "plan_kv_cache"]
 
 _GIB = 2**30
-# A whole prompt in one step, as in GenAI's own latency setting.
-_WHOLE_PROMPTS = 2**31 - 1
-# What the default may take of the memory that is free beside the model. The rest is for prefill and for others.
+# Share of the memory that is free beside the model which the default may take. The rest is for prefill and for others.
 _SHARE = 0.5
-# Memory that a model takes when it is loaded, over the size of its weights: they are repacked for the CPU's kernels.
+# Memory that a loaded model takes, relative to its weights on disk: the CPU plugin repacks them for its kernels.
 _WEIGHTS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class KVPool:
-    """A KV cache of a size.
+class KVCachePlan:
+    """Planned size and layout of the KV cache.
 
     Attributes:
-        layout: its blocks and precisions.
-        num_blocks: places for blocks; 0 for a cache that grows as it is needed.
-        window: tokens of one conversation that fit.
-        scheduler: whether the engine is to be given a scheduler for it, which means paged attention.
-        because: why the window is smaller than the model's, for messages; begins with a space, or is empty.
-        doubts: what the user should know.
+        layout: block size and precisions.
+        num_blocks: number of blocks; 0 for a cache that grows on demand.
+        context_length: tokens of one conversation that fit.
+        paged: whether the backend must create a paged cache of this size.
+        reason: why the context length is below the model's, for messages; starts with a space, or is empty.
+        warnings: sentences for the user.
     """
 
     layout: KVLayout
     num_blocks: int
-    window: int
-    scheduler: bool
-    because: str = ""
-    doubts: tuple[str, ...] = ()
+    context_length: int
+    paged: bool
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
 
-    def properties(self, given: Mapping[str, Any], step: int = 0) -> dict[str, Any]:
-        """The engine's properties with a scheduler for this pool, where it needs one and has none.
-
-        Args:
-            given: the properties.
-            step: most tokens to compute at once; 0 for any number.
-        """
-        if not self.scheduler:
-            return dict(given)
-        import openvino_genai
-
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.num_kv_blocks = self.num_blocks
-        scheduler.enable_prefix_caching = True
-        scheduler.max_num_batched_tokens = step or _WHOLE_PROMPTS
-        return {**given, "scheduler_config": scheduler}
+    @property
+    def capacity(self) -> int:
+        """Tokens that the planned blocks hold; 0 for a cache that grows."""
+        return self.num_blocks * self.layout.block_size
 
 
-def plan(
+def plan_kv_cache(
     info: ModelInfo,
     device: DeviceInfo,
     properties: Mapping[str, Any],
@@ -71,42 +57,42 @@ def plan(
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
     conversations: int = 1,
-    memory: machine.Memory | None = None,
-) -> KVPool:
-    """The KV cache for a model on a device.
+    memory: Memory | None = None,
+) -> KVCachePlan:
+    """Plan the KV cache of a model on a device.
 
-    On the CPU its places are as many as one conversation of full length needs: memory is taken when a place is first
-    used, and a cache that grows would throw out one conversation's blocks for another's long before that. On a GPU,
-    which takes the memory at once, it grows unless `kv_cache_gb` says how large it is.
+    On the CPU the cache has as many blocks as `conversations` of full length need: memory is taken when a block is
+    first used, and a growing cache would evict one conversation's blocks for another's much earlier. On a GPU, which
+    takes the memory at once, the cache grows unless `kv_cache_gb` gives its size.
 
     Raises:
-        ConfigError: a budget that holds nothing, a window that the memory cannot hold, or two settings for one thing.
+        ConfigError: a budget below two blocks, a context window that the memory cannot hold, or two settings for the
+            same size.
         TypeError: `kv_cache_gb` is not a number.
     """
     layout = KVLayout.of(info, device.kind, properties)
     window = context_length or info.context_length
-    user = properties.get("scheduler_config")
+    scheduler = properties.get("scheduler_config")
     paged = device.kind != "NPU" and str(properties.get("ATTENTION_BACKEND", "PA")).upper() == "PA"
     if kv_cache_gb is not None:
-        blocks = _budget(kv_cache_gb, layout, info, user)
-        window, because = _fitted(window, blocks, layout, f" (what kv_cache_gb={kv_cache_gb:g} holds)")
-        return KVPool(layout, blocks if paged else 0, window, paged, because)
-    if user is not None:
-        blocks = user.num_kv_blocks or int(user.cache_size * _GIB / layout.block_bytes(info))
+        blocks = _blocks_in_budget(kv_cache_gb, layout, info, scheduler)
+        window, reason = _fit_window(window, blocks, layout, f" (what kv_cache_gb={kv_cache_gb:g} holds)")
+        return KVCachePlan(layout, blocks if paged else 0, window, paged, reason)
+    if scheduler is not None:
+        blocks = scheduler.num_kv_blocks or int(scheduler.cache_size * _GIB / layout.block_bytes(info))
         if not blocks:
-            return KVPool(layout, 0, window, scheduler=False)
-        window, because = _fitted(window, blocks, layout, " (what the scheduler_config's cache holds)")
-        return KVPool(layout, blocks, window, False, because)
-    # A draft model shares the places of a cache of fixed size with the model, by GenAI's own reckoning.
+            return KVCachePlan(layout, 0, window, paged=False)
+        window, reason = _fit_window(window, blocks, layout, " (what the scheduler_config's cache holds)")
+        return KVCachePlan(layout, blocks, window, False, reason)
+    # GenAI divides a cache of fixed size between a draft model and the model by a rule of its own.
     if not paged or device.kind != "CPU" or "draft_model" in properties:
-        return KVPool(layout, 0, window, paged)
-    return _in_memory(
-        info, layout, window, context_length is not None, conversations, memory or machine.Probe().memory()
-    )
+        return KVCachePlan(layout, 0, window, paged)
+    memory = memory or machine_memory()
+    return _plan_in_memory(info, layout, window, context_length is not None, conversations, memory)
 
 
-def _budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
-    """Blocks that fit a budget."""
+def _blocks_in_budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
+    """Number of blocks that fit a budget."""
     if isinstance(gib, bool) or not isinstance(gib, (int, float)):
         raise TypeError(f"kv_cache_gb must be a number of GiB, not {gib!r}")
     if scheduler is not None:
@@ -123,34 +109,39 @@ def _budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) ->
     return blocks
 
 
-def _fitted(window: int, blocks: int, layout: KVLayout, because: str) -> tuple[int, str]:
-    """The window that fits these blocks, one of which is kept for the token that is being computed."""
-    fits = (blocks - 1) * layout.block_size
-    return (fits, because) if fits < window else (window, "")
+def _fit_window(window: int, blocks: int, layout: KVLayout, reason: str) -> tuple[int, str]:
+    """The context length that these blocks hold, less one block for the token that is being computed."""
+    tokens = (blocks - 1) * layout.block_size
+    return (tokens, reason) if tokens < window else (window, "")
 
 
-def _in_memory(
-    info: ModelInfo, layout: KVLayout, window: int, asked: bool, conversations: int, memory: machine.Memory | None
-) -> KVPool:
-    """A pool for whole conversations, or for what the memory holds; one of them can have all of it."""
+def _plan_in_memory(
+    info: ModelInfo,
+    layout: KVLayout,
+    window: int,
+    requested: bool,
+    conversations: int,
+    memory: Memory | None,
+) -> KVCachePlan:
+    """Plan for whole conversations, or for what the free memory holds; one conversation may use all of it."""
     blocks = conversations * (-(-window // layout.block_size) + 1)
     size = layout.block_bytes(info)
     if memory is None:
-        return KVPool(layout, blocks, window, scheduler=True)
+        return KVCachePlan(layout, blocks, window, paged=True)
     free = memory.available - int(_WEIGHTS * info.weight_bytes)
-    if asked and blocks * size > free:
-        fits = max(0, free // size // conversations - 1) * layout.block_size
+    if requested and blocks * size > free:
+        tokens = max(0, free // size // conversations - 1) * layout.block_size
         raise ConfigError(
             f"context_length={window} needs {blocks * size / _GIB:.1f} GiB of KV cache, and {max(0, free) / _GIB:.1f} "
-            f"GiB are free beside the model. Ask for at most {fits} tokens, or for a smaller KV_CACHE_PRECISION."
+            f"GiB are free beside the model. Ask for at most {tokens} tokens, or for a smaller KV_CACHE_PRECISION."
         )
-    if not asked and blocks * size > _SHARE * free:
+    if not requested and blocks * size > _SHARE * free:
         fewer = max(2, int(_SHARE * max(0, free)) // size)
-        fits, because = _fitted(window, fewer, layout, " (what the memory that was free at loading holds)")
-        doubt = (
-            f"the context window is {fits} tokens instead of {window}: {window} would take {blocks * size / _GIB:.1f} "
-            f"GiB of KV cache, and {max(0, free) / _GIB:.1f} GiB are free beside the model. Pass context_length= or "
-            "kv_cache_gb= to choose it yourself."
+        tokens, reason = _fit_window(window, fewer, layout, " (what the memory that was free at loading holds)")
+        warning = (
+            f"the context window is {tokens} tokens instead of {window}: {window} would take "
+            f"{blocks * size / _GIB:.1f} GiB of KV cache, and {max(0, free) / _GIB:.1f} GiB are free beside the model. "
+            "Pass context_length= or kv_cache_gb= to choose it yourself."
         )
-        return KVPool(layout, fewer, fits, True, because, (doubt,) if because else ())
-    return KVPool(layout, blocks, window, scheduler=True)
+        return KVCachePlan(layout, fewer, tokens, True, reason, (warning,) if reason else ())
+    return KVCachePlan(layout, blocks, window, paged=True)

@@ -1,27 +1,25 @@
-"""The file that keys and values are saved in: safetensors, with a fingerprint and checksums.
+"""File format of saved KV caches: safetensors with a fingerprint and checksums.
 
-The format is that of https://github.com/huggingface/safetensors: eight bytes with the header's length, a JSON header,
-then the tensors one behind the other, so that any tool which reads safetensors opens it, and it can be mapped into
-memory. `docs/kv-snapshots.md` lists the tensors and what is in the header's `__metadata__`. It is written and read here
-rather than by the safetensors package: its writer wants all tensors in memory at once and its reader copies them, and
-what a file of ours may hold is so narrow that the whole table of tensors can be reckoned and compared.
+The format is that of https://github.com/huggingface/safetensors: eight bytes with the length of the header, a JSON
+header, then the tensors one after another. Any tool that reads safetensors opens it, and it can be memory-mapped.
+`docs/kv-snapshots.md` lists the tensors and the entries of the header's `__metadata__`. This module does not use the
+safetensors package: its writer needs all tensors in memory at once, its reader copies them, and the contents of these
+files are so restricted that the complete tensor table can be computed and compared.
 
-A reader believes nothing: lengths are checked against the file's before anything is read, the header is parsed only
-when it is short, and no tensor is handed out before all checksums were right.
+The reader does not trust the file: lengths are checked against the file's size before anything is read, the header is
+parsed only if it is short, and no tensor is returned before all checksums match.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
 import os
-import secrets
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,24 +27,20 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.errors import SnapshotError
-from ov_phi3.files import expanded
-from ov_phi3.kv.cache import DTYPES, KVTensors, KVValue, names
-from ov_phi3.system import versions
+from ov_phi3.files import expanded, write_atomically
+from ov_phi3.kv.entry import DTYPES, KVEntry, KVTensors, tensor_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.model.info import ModelInfo
-    from ov_phi3.text.template import ChatTemplate
-
-__all__ = ["FORMAT", "VERSION", "Snapshot", "check_identity", "identity_of", "read", "write"]
+__all__ = ["FORMAT", "VERSION", "Snapshot", "read", "write"]
 
 FORMAT = "ov_phi3-kv"
 VERSION = 1
 
-_MOST_HEADER = 2**20  # bytes; the header of a model with 1,000 layers has a quarter of that
-_MOST_CONVERSATION = 16 * 2**20
-_MOST_NUMBER = 2**40
+_MAX_HEADER = 2**20  # bytes; the header of a model with 1,000 layers has a quarter of that
+_MAX_CONVERSATION = 16 * 2**20
+_MAX_NUMBER = 2**40
 _NUMBERS = ("version", "ids", "tokens", "layers", "kv_heads", "head_dim", "conversation_bytes")
 _KINDS = ("prefix", "chat")
 _ITEMS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U32": 4, "U8": 1}
@@ -54,21 +48,21 @@ _ITEMS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U32": 4, "U8": 1}
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a snapshot file holds.
+    """Contents of a snapshot file.
 
     Attributes:
         kind: "prefix" or "chat".
-        identity: what the keys and values are of, see `identity.identity_of`.
-        ids: all token ids; of a chat also those that there are no keys of yet.
-        value: keys and values, and the ids that they belong to.
-        conversation: of a chat, what it needs to go on; otherwise None.
-        size: bytes of the file.
+        fingerprint: what the keys and values depend on, see `fingerprint_of`.
+        ids: all token ids, int64, shape [tokens]; those of a chat may be more than have keys and values.
+        entry: keys and values, and the ids that they belong to.
+        conversation: the state of a chat as JSON values; None for a prefix.
+        size: size of the file in bytes.
     """
 
     kind: str
-    identity: Mapping[str, str]
+    fingerprint: Mapping[str, str]
     ids: NDArray[np.int64]
-    value: KVValue
+    entry: KVEntry
     conversation: Mapping[str, Any] | None = None
     size: int = 0
 
@@ -77,10 +71,10 @@ class Snapshot:
 
 
 def write(path: str | os.PathLike[str], snapshot: Snapshot) -> int:
-    """Write a snapshot: whole, or not at all; returns the file's size in bytes.
+    """Write a snapshot, whole or not at all; returns the size of the file in bytes.
 
-    It is written beside `path` and renamed, so that a file which is there stays as it was until the new one is whole
-    and on the disk.
+    It is written beside `path` and renamed, so that an existing file stays unchanged until the new one is complete and
+    on the disk.
 
     Raises:
         SnapshotError: it cannot be written.
@@ -88,31 +82,26 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot) -> int:
     """
     target = expanded(path)
     conversation = b"" if snapshot.conversation is None else json.dumps(snapshot.conversation).encode()
-    if len(conversation) > _MOST_CONVERSATION:
+    if len(conversation) > _MAX_CONVERSATION:
         raise SnapshotError(
-            f"{target}: the conversation takes {len(conversation)} bytes; at most {_MOST_CONVERSATION} can be saved."
+            f"{target}: the conversation takes {len(conversation)} bytes; at most {_MAX_CONVERSATION} can be saved."
         )
     header = _header(snapshot, len(conversation))
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _removed_on_failure(partial):
-            with partial.open("xb") as file:
-                file.write(header)
-                _write_tensors(file, snapshot, conversation)
-                file.write(hashlib.sha256(header).digest())
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
-            partial.replace(target)
+        with write_atomically(target) as file:
+            file.write(header)
+            _write_tensors(file, snapshot, conversation)
+            file.write(hashlib.sha256(header).digest())
+            size = file.tell()
     except OSError as exc:
-        held = " A snapshot that is loaded from it may hold it open." if sys.platform == "win32" else ""
-        raise SnapshotError(f"{target} cannot be written: {exc.strerror or exc}.{held}") from exc
+        hint = " A snapshot that is loaded from it may hold it open." if sys.platform == "win32" else ""
+        raise SnapshotError(f"{target} cannot be written: {exc.strerror or exc}.{hint}") from exc
     return size
 
 
 def _write_tensors(file: IO[bytes], snapshot: Snapshot, conversation: bytes) -> None:
     checksums = []
-    for array in (snapshot.ids, *snapshot.value.tensors.arrays):
+    for array in (snapshot.ids, *snapshot.entry.tensors.arrays):
         data = np.ascontiguousarray(array).data.cast("B")
         checksums.append(zlib.crc32(data))
         file.write(data)
@@ -120,19 +109,9 @@ def _write_tensors(file: IO[bytes], snapshot: Snapshot, conversation: bytes) -> 
     file.write(conversation)
 
 
-@contextlib.contextmanager
-def _removed_on_failure(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
 def _header(snapshot: Snapshot, conversation: int) -> bytes:
-    """The length and the JSON of a snapshot's header, filled up so that the tensors begin at a multiple of 64."""
-    tensors = snapshot.value.tensors
+    """Length and JSON of the header, padded so that the tensors begin at a multiple of 64 bytes."""
+    tensors = snapshot.entry.tensors
     shape = tensors.arrays[0].shape if tensors.arrays else (0, 0, 0)
     numbers = {
         "version": VERSION,
@@ -149,8 +128,8 @@ def _header(snapshot: Snapshot, conversation: int) -> bytes:
         "kind": snapshot.kind,
         "dtype": tensors.dtype,
         "exact": str(tensors.exact).lower(),
-        "past_boundary": str(snapshot.value.past_boundary).lower(),
-        **snapshot.identity,
+        "past_boundary": str(snapshot.entry.long_rope).lower(),
+        **snapshot.fingerprint,
     }
     text = json.dumps({"__metadata__": metadata, **_table(numbers, tensors.dtype)}, separators=(",", ":"))
     raw = text.encode()
@@ -159,9 +138,9 @@ def _header(snapshot: Snapshot, conversation: int) -> bytes:
 
 
 def _table(numbers: Mapping[str, int], dtype: str) -> dict[str, dict[str, Any]]:
-    """The tensors that a file has, by what its metadata says."""
+    """The tensor table that follows from the metadata."""
     kv = [numbers["kv_heads"], numbers["tokens"], numbers["head_dim"]]
-    layers = names(numbers["layers"])
+    layers = tensor_names(numbers["layers"])
     entries: list[tuple[str, str, list[int]]] = [
         ("token_ids", "I64", [numbers["ids"]]),
         *((name, dtype, kv) for name in layers),
@@ -184,31 +163,31 @@ def _table(numbers: Mapping[str, int], dtype: str) -> dict[str, dict[str, Any]]:
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
-    """Read a snapshot, and check that it is whole.
+    """Read a snapshot and check that it is complete.
 
-    The keys and values are the file's own pages, mapped into memory: the file must not be cut or overwritten in place
-    while they are in use. (`write` never does.)
+    The keys and values are pages of the file, mapped into memory: the file must not be truncated or overwritten in
+    place while they are in use. (`write` never does that.)
 
     Args:
         path: the file.
-        verify: compare the checksums of all tensors; without it, only the header's.
+        verify: compare the checksums of all tensors, not only those of header and ids.
 
     Raises:
-        SnapshotError: no file, not a snapshot, of a newer format, cut off, or damaged; the message says which.
+        SnapshotError: no file, not a snapshot, of a newer format, truncated, or damaged; the message says which.
         TypeError: `path` is not a path.
     """
     target = expanded(path)
-    data = _mapped(target)
+    data = _map_file(target)
     length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(_MOST_HEADER, len(data) - 8):
+    if not 2 <= length <= min(_MAX_HEADER, len(data) - 8):
         raise SnapshotError(f"{target} is not a snapshot: it does not begin with the header of one.")
-    header, metadata = _parsed(data[8 : 8 + length], target)
-    numbers, dtype = _numbers(metadata, target)
+    header, metadata = _parse_header(data[8 : 8 + length], target)
+    numbers, dtype = _read_sizes(metadata, target)
     table = _table(numbers, dtype)
     expected = 8 + length + table["header_sha256"]["data_offsets"][1]
     if len(data) != expected:
         change = "cut off" if len(data) < expected else "longer than it was written"
-        raise SnapshotError(f"{target} is {change}: it has {len(data)} bytes, and its header tells of {expected}.")
+        raise SnapshotError(f"{target} is {change}: it has {len(data)} bytes, and its header says {expected}.")
     if hashlib.sha256(data[: 8 + length]).digest() != bytes(data[-32:]):
         raise _damaged(target, "its header")
     if header != {"__metadata__": metadata, **table} or metadata["kind"] not in _KINDS:
@@ -217,12 +196,12 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
         name: data[8 + length + entry["data_offsets"][0] : 8 + length + entry["data_offsets"][1]]
         for name, entry in table.items()
     }
-    _check_sums(views, target, all_of_them=verify)
+    _check_sums(views, target, tensors=verify)
     return _snapshot(metadata, numbers, dtype, views, target, len(data))
 
 
-def _mapped(target: Path) -> memoryview:
-    """The bytes of a regular file, as its own pages; read on Windows, which keeps mapped files from being replaced."""
+def _map_file(target: Path) -> memoryview:
+    """A regular file, memory-mapped; read into memory on Windows, where a mapped file cannot be replaced."""
     try:
         if not stat.S_ISREG(target.stat().st_mode):
             raise SnapshotError(f"{target} is not a file.")
@@ -238,8 +217,8 @@ def _mapped(target: Path) -> memoryview:
         raise SnapshotError(f"{target} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from exc
 
 
-def _parsed(raw: memoryview, target: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-    """The header, which is short, and its metadata."""
+def _parse_header(raw: memoryview, target: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The header and its metadata."""
     try:
         header = json.loads(bytes(raw).decode("utf-8"))
         metadata = header["__metadata__"]
@@ -252,12 +231,12 @@ def _parsed(raw: memoryview, target: Path) -> tuple[Mapping[str, Any], Mapping[s
     return header, metadata
 
 
-def _numbers(metadata: Mapping[str, str], target: Path) -> tuple[dict[str, int], str]:
-    """The sizes that the metadata tells of."""
+def _read_sizes(metadata: Mapping[str, str], target: Path) -> tuple[dict[str, int], str]:
+    """The sizes in the metadata, and the type of the tensors."""
     numbers = {}
     for name in _NUMBERS:
         text = metadata.get(name, "")
-        if not (text.isascii() and text.isdecimal() and len(text) < 14 and int(text) < _MOST_NUMBER):
+        if not (text.isascii() and text.isdecimal() and len(text) < 14 and int(text) < _MAX_NUMBER):
             raise _damaged(target, f"its header, where {name} is {text[:40]!r}")
         numbers[name] = int(text)
         if name == "version" and numbers[name] > VERSION:
@@ -266,17 +245,17 @@ def _numbers(metadata: Mapping[str, str], target: Path) -> tuple[dict[str, int],
                 "or build it again."
             )
     dtype = metadata.get("dtype", "")
-    if dtype not in DTYPES or not numbers["tokens"] <= numbers["ids"] or 2 * numbers["layers"] > _MOST_HEADER // 64:
+    if dtype not in DTYPES or not numbers["tokens"] <= numbers["ids"] or 2 * numbers["layers"] > _MAX_HEADER // 64:
         raise _damaged(target, "its header, whose sizes contradict each other")
     return numbers, dtype
 
 
-def _check_sums(views: Mapping[str, memoryview], target: Path, *, all_of_them: bool) -> None:
+def _check_sums(views: Mapping[str, memoryview], target: Path, *, tensors: bool) -> None:
     checked = [name for name in views if name not in ("checksums", "header_sha256")]
-    wanted = np.frombuffer(views["checksums"], dtype="<u4").tolist()
-    # In this thread: helpers would each leave a heap behind, and the engine's next threads find theirs cold.
-    for name, checksum in zip(checked, wanted, strict=True):
-        if (all_of_them or not name.startswith("past_key")) and zlib.crc32(views[name]) != checksum:
+    checksums = np.frombuffer(views["checksums"], dtype="<u4").tolist()
+    # In this thread: helper threads would each leave a malloc arena behind.
+    for name, checksum in zip(checked, checksums, strict=True):
+        if (tensors or not name.startswith("past_key")) and zlib.crc32(views[name]) != checksum:
             raise _damaged(target, name)
 
 
@@ -290,15 +269,15 @@ def _snapshot(
 ) -> Snapshot:
     ids = np.frombuffer(views["token_ids"], dtype="<i8").astype(np.int64)
     shape = (numbers["kv_heads"], numbers["tokens"], numbers["head_dim"])
-    arrays = tuple(np.frombuffer(views[n], dtype=DTYPES[dtype]).reshape(shape) for n in names(numbers["layers"]))
-    value = KVValue(
+    arrays = tuple(np.frombuffer(views[n], dtype=DTYPES[dtype]).reshape(shape) for n in tensor_names(numbers["layers"]))
+    entry = KVEntry(
         ids[: numbers["tokens"]],
         KVTensors(dtype, arrays, metadata.get("exact") == "true"),
         metadata.get("past_boundary") == "true",
     )
     known = {"format", "kind", "dtype", "exact", "past_boundary", *_NUMBERS}
-    identity = {key: text for key, text in metadata.items() if key not in known}
-    return Snapshot(metadata["kind"], identity, ids, value, _conversation(metadata, views, target), size)
+    fingerprint = {key: text for key, text in metadata.items() if key not in known}
+    return Snapshot(metadata["kind"], fingerprint, ids, entry, _conversation(metadata, views, target), size)
 
 
 def _conversation(
@@ -308,69 +287,13 @@ def _conversation(
         return None
     raw = views["conversation"]
     try:
-        found = json.loads(bytes(raw).decode("utf-8")) if len(raw) <= _MOST_CONVERSATION else None
+        conversation = json.loads(bytes(raw).decode("utf-8")) if len(raw) <= _MAX_CONVERSATION else None
     except (ValueError, RecursionError) as exc:
         raise _damaged(target, "its conversation") from exc
-    if not isinstance(found, dict):
+    if not isinstance(conversation, dict):
         raise _damaged(target, "its conversation")
-    return found
+    return conversation
 
 
 def _damaged(target: Path, where: str) -> SnapshotError:
     return SnapshotError(f"{target} is damaged: {where}. Build or save it again.")
-
-
-# -- what it is of -----------------------------------------------------------------------------------------------------
-
-# Keys and values mean something only to the model that made them, behind the ids that its tokenizer gave. So all that
-# they depend on is written beside them, and compared when they are loaded.
-_WORDS = {
-    "model": "another model",
-    "recipe": "another export of the model",
-    "tokenizer": "another tokenizer",
-    "template": "another chat layout",
-    "rope": "another RoPE regime",
-    "engine": "another OpenVINO release",
-}
-"""What differs, in the order in which it is told."""
-
-
-def identity_of(info: ModelInfo, template: ChatTemplate) -> dict[str, str]:
-    """The parts of a fingerprint, each as text: model, recipe, tokenizer, template, rope and engine.
-
-    `model` is `ModelInfo.fingerprint` (config, graph, samples of the weights), `tokenizer` and `template` are SHA-256
-    of the tokenizer's files and of the layout, cut to 32 digits; the others can be read.
-    """
-    digest = hashlib.sha256()
-    for name in ("openvino_tokenizer.xml", "openvino_tokenizer.bin"):
-        file = info.path / name
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    regime = "none" if info.rope_boundary is None else f"factors change at {info.rope_boundary} tokens"
-    return {
-        "model": info.fingerprint,
-        "recipe": info.quantization,
-        "tokenizer": digest.hexdigest()[:32],
-        "template": f"{template.name} {hashlib.sha256(repr(template).encode()).hexdigest()[:32]}",
-        "rope": f"{info.rope_type or 'plain'}, {regime}",
-        "engine": f"openvino {versions.release(versions.package_version('openvino') or 'unknown')}",
-    }
-
-
-def check_identity(found: Mapping[str, str], wanted: Mapping[str, str], where: str, *, engine: bool = True) -> None:
-    """Refuse a snapshot of something else.
-
-    Args:
-        found: the snapshot's identity.
-        wanted: the pipeline's.
-        where: the file, for the message.
-        engine: whether the OpenVINO release counts.
-
-    Raises:
-        SnapshotError: they differ; the message says in what.
-    """
-    for key, words in _WORDS.items():
-        if found.get(key) != wanted[key] and (engine or key != "engine"):
-            raise SnapshotError(
-                f"{where} is of {words}: {key} is {found.get(key, 'not told')!r} there and {wanted[key]!r} here. "
-                "Load it with the model that it was made with, or build it again."
-            )

@@ -1,0 +1,41 @@
+"""What `load` reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LoadReport", "ModelWarning"]
+
+
+class ModelWarning(UserWarning):
+    """Something about a model works, but not as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading took and found.
+
+    Attributes:
+        model_ms: reading and compiling the model, in milliseconds.
+        tokenizer_ms: opening the tokenizer, in milliseconds.
+        total_ms: all of `load`, in milliseconds.
+        cache: "off", or how the compile cache was used: "fresh" (written), "verified" or "purged".
+        cache_dir: the sub-folder of the compile cache, or None.
+        ov_config: the properties that the backend received, without a scheduler that `load` made.
+        backend: the backend's name.
+        kv_cache_tokens: tokens that the KV cache has room for; None for a cache that grows.
+        warnings: sentences about what works, but not as it should; also issued as `ModelWarning`.
+    """
+
+    model_ms: float
+    tokenizer_ms: float
+    total_ms: float
+    cache: str
+    cache_dir: Path | None
+    ov_config: Mapping[str, Any]
+    backend: str
+    kv_cache_tokens: int | None = None
+    warnings: tuple[str, ...] = ()

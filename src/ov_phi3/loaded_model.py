@@ -1,0 +1,50 @@
+"""What `Pipeline`, `Chat` and `Prefix` share: one model's files, its tokenizer and its running engine."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ov_phi3.kv.fingerprint import fingerprint_of
+from ov_phi3.text.prompt import encode_prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ov_phi3.engine.engine import Engine
+    from ov_phi3.model.info import ModelInfo
+    from ov_phi3.text.prompt import Prompt
+    from ov_phi3.text.tokenizer import Tokenizer
+
+__all__ = ["LoadedModel"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A loaded model.
+
+    Attributes:
+        info: its directory's `ModelInfo`.
+        tokenizer: its `Tokenizer`.
+        engine: its running engine.
+    """
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What saved keys and values of this model depend on."""
+        return fingerprint_of(self.info, self.tokenizer.template)
+
+    def encode(self, prompt: Prompt) -> NDArray[np.int64]:
+        """Encode a prompt: token ids, int64, shape [tokens]; the chat template is applied exactly once.
+
+        Raises:
+            PromptError, TemplateError: a prompt that cannot become token ids.
+            TypeError: none of the kinds of prompt.
+        """
+        return encode_prompt(prompt, self.tokenizer, self.info.vocab_size)

@@ -1,0 +1,53 @@
+"""Saved KV caches of one loaded model: files that are read are checked against it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ov_phi3.errors import SnapshotError
+from ov_phi3.kv import snapshot
+from ov_phi3.kv.fingerprint import check_fingerprint
+
+if TYPE_CHECKING:
+    from ov_phi3.loaded_model import LoadedModel
+
+__all__ = ["read_saved"]
+
+_LOADERS = {"chat": "load_chat", "prefix": "load_prefix"}
+
+
+def read_saved(
+    model: LoadedModel, path: str | os.PathLike[str], kind: str, *, any_release: bool = False
+) -> snapshot.Snapshot:
+    """A snapshot that belongs to this model and fits its context window.
+
+    Args:
+        model: the loaded model.
+        path: the file.
+        kind: "prefix" or "chat".
+        any_release: accept a file of another OpenVINO release.
+
+    Raises:
+        SnapshotError: it does not.
+        TypeError: `path` is not a path.
+    """
+    saved = snapshot.read(path)
+    source, info, window = os.fspath(path), model.info, model.engine.context_length
+    if saved.kind != kind:
+        raise SnapshotError(f"{source} holds a {saved.kind}, not a {kind}; load it with {_LOADERS[saved.kind]}().")
+    check_fingerprint(saved.fingerprint, model.fingerprint, source, any_release=any_release)
+    tensors = saved.entry.tensors
+    shape = (info.num_kv_heads, tensors.tokens, info.head_dim)
+    if tensors.arrays and (
+        len(tensors.arrays) != 2 * info.num_layers or any(array.shape != shape for array in tensors.arrays)
+    ):
+        raise SnapshotError(f"{source} is damaged: its tensors do not have the shapes of this model's.")
+    if len(saved.ids) and not 0 <= int(saved.ids.min()) <= int(saved.ids.max()) < info.vocab_size:
+        raise SnapshotError(f"{source} is damaged: it has token ids outside the vocabulary.")
+    if len(saved.ids) >= window:
+        raise SnapshotError(
+            f"{source} holds {len(saved.ids)} tokens, which leaves no room in this pipeline's context window of "
+            f"{window}. Load the model with a longer context_length."
+        )
+    return saved
