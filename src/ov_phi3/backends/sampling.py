@@ -1,10 +1,10 @@
-"""From logits to the next token, in numpy: penalties, biases, processors, and the draw.
+"""From logits to the next token, in numpy: penalties, biases, processors, filters and the random draw.
 
-The order is GenAI's own, so that a config means the same on both backends: repetition penalty, presence and frequency
-penalty; then what only this loop has, `logit_bias` and `logits_processors`; then temperature, and of its distribution
-the tokens that `top_p`, `min_p` and `top_k` all leave. Each of the three is reckoned on the whole distribution.
+The order is GenAI's, so that a config means the same on both backends: repetition penalty, presence and frequency
+penalty; then `logit_bias` and `logits_processors`, which GenAI does not have; then temperature; then the tokens that
+pass all of `top_p`, `min_p` and `top_k`, each applied to the whole distribution.
 
-Log-probabilities are those of the model's own logits, before any of this.
+Log-probabilities are those of the model's own logits, before all of these.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
     from ov_phi3.generation.config import GenerationConfig
 
-__all__ = ["Sampler", "kept", "log_softmax"]
+__all__ = ["Sampler", "filter_candidates", "log_softmax", "token_logprob"]
 
-# Likeliest tokens that are looked at first for top_p; eight times as many if they do not hold enough probability.
+# Most likely tokens that top_p looks at first; eight times as many if they do not have enough probability.
 _FIRST_LOOK = 64
 
 
 class Sampler:
     """Chooses the tokens of one reply.
 
-    The draws come from a generator of this reply's own, so that what else runs has no part in them.
+    Each reply has its own generator of random numbers, so that concurrent requests do not affect it.
 
     Args:
         config: fully resolved.
         ids: the prompt, int64, shape [tokens].
-        end_ids: the model's end tokens, which `min_new_tokens` holds back.
+        end_ids: the model's end tokens, which `min_new_tokens` suppresses.
     """
 
     def __init__(self, config: GenerationConfig, ids: NDArray[np.int64], end_ids: Sequence[int]) -> None:
@@ -55,24 +55,24 @@ class Sampler:
             sorted({*(config.stop_token_ids or ()), *(() if config.ignore_eos else end_ids)}), dtype=np.int64
         )
         self._generator = np.random.Generator(np.random.PCG64(config.seed or 0))
-        self._touches = bool(self._seen is not None or self._counted or bias or config.logits_processors)
+        self._modifies_logits = bool(self._seen is not None or self._counted or bias or config.logits_processors)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token.
 
         Args:
-            logits: of the last position, float32, shape [vocabulary]; left as they are.
+            logits: of the last position, float32, shape [vocabulary]; not modified.
 
         Raises:
-            CallbackFailed: a logits processor raised, or gave back something else than logits.
+            CallbackFailed: a logits processor raised, or returned something other than logits.
             GenerationError: no token is left to choose from.
         """
         config = self._config
-        held_back = len(self._reply) < (config.min_new_tokens or 0) and len(self._ends) > 0
+        suppressed = len(self._reply) < (config.min_new_tokens or 0) and len(self._ends) > 0
         scores = logits
-        if self._touches or held_back:
+        if self._modifies_logits or suppressed:
             scores = self._processed(np.array(logits, dtype=np.float32))
-            if held_back:
+            if suppressed:
                 scores[self._ends] = -np.inf
         token = self._draw(scores) if config.do_sample else int(scores.argmax())
         if not np.isfinite(scores[token]):
@@ -84,9 +84,9 @@ class Sampler:
         return token
 
     def logprobs(self, logits: NDArray[np.float32], token: int) -> TokenLogprob | None:
-        """What the model itself thinks of a token and of its likeliest ones; None where nobody asked."""
+        """Log-probability of a token and of the most likely ones; None if not requested."""
         count = self._config.top_logprobs
-        return None if count is None else described(logits, token, count)
+        return None if count is None else token_logprob(logits, token, count)
 
     def _note(self, token: int) -> None:
         self._reply.append(token)
@@ -102,8 +102,8 @@ class Sampler:
         if self._seen is not None:
             # CTRL's penalty (arXiv 1909.05858): divided where positive, multiplied where negative.
             penalty = np.float32(config.repetition_penalty or 1.0)
-            found = scores[self._seen]
-            scores[self._seen] = np.where(found > 0, found / penalty, found * penalty)
+            seen = scores[self._seen]
+            scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
         if self._counts:
             ids = np.fromiter(self._counts, dtype=np.int64)
             times = np.fromiter(self._counts.values(), dtype=np.float32)
@@ -117,15 +117,15 @@ class Sampler:
         return scores
 
     def _called(self, processor: Callable[..., Any], scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What a processor of the caller's makes of the logits."""
+        """The logits that a caller's processor returns."""
         ids = np.concatenate([self._prompt, np.array(self._reply, dtype=np.int64)])
         name = getattr(processor, "__name__", type(processor).__name__)
         try:
-            given = processor(ids, scores)
-            changed = np.array(given, dtype=np.float32)
+            returned = processor(ids, scores)
+            changed = np.array(returned, dtype=np.float32)
             if changed.shape != scores.shape:
                 raise TypeError(
-                    f"the logits processor {name} gave back {_named(given)}; expected the logits, float32, shape "
+                    f"the logits processor {name} gave back {_named(returned)}; expected the logits, float32, shape "
                     f"[{len(scores)}]."
                 )
         except BaseException as exc:
@@ -133,9 +133,9 @@ class Sampler:
         return changed
 
     def _draw(self, scores: NDArray[np.float32]) -> int:
-        """One token of the distribution that the options leave, by the inverse of its cumulative sum."""
+        """Draw a token from the filtered distribution, by inverting its cumulative sum."""
         config = self._config
-        ids, weights = kept(
+        ids, weights = filter_candidates(
             scores,
             temperature=config.temperature or 1.0,
             top_p=config.top_p or 1.0,
@@ -143,12 +143,12 @@ class Sampler:
             min_p=config.min_p or 0.0,
         )
         sums = np.cumsum(weights)
-        place = int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right"))
-        place = min(place, len(sums) - 1)
-        return place if ids is None else int(ids[place])
+        index = int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right"))
+        index = min(index, len(sums) - 1)
+        return index if ids is None else int(ids[index])
 
 
-def kept(
+def filter_candidates(
     scores: NDArray[np.float32],
     *,
     temperature: float = 1.0,
@@ -161,36 +161,36 @@ def kept(
     Args:
         scores: logits, float32, shape [vocabulary].
         temperature: the logits are divided by it.
-        top_p: keep the fewest of the likeliest tokens that hold this much probability.
-        top_k: keep so many of the likeliest; 0 keeps all.
-        min_p: keep tokens with at least this times the likeliest one's probability.
+        top_p: keep the fewest of the most likely tokens that together have this probability.
+        top_k: keep this many of the most likely tokens; 0 keeps all.
+        min_p: keep tokens with at least this fraction of the most likely token's probability.
 
     Returns:
-        Token ids, likeliest first, shape [kept], or None for all of them in their own order; and their weights,
-        float64, which add up to anything.
+        Token ids, most likely first, shape [candidates], or None for the whole vocabulary in its order; and their
+        weights, float64, not normalised.
     """
     weights = np.exp((scores - scores.max()).astype(np.float64) / temperature)
     vocabulary = len(weights)
     limit = top_k if 0 < top_k < vocabulary else vocabulary
     if limit == vocabulary and top_p >= 1.0 and min_p <= 0.0:
         return None, weights
-    wanted = top_p * weights.sum() if top_p < 1.0 else np.inf
+    required = top_p * weights.sum() if top_p < 1.0 else np.inf
     look = min(limit if top_p >= 1.0 and min_p <= 0.0 else min(limit, _FIRST_LOOK), vocabulary)
     while True:
-        ids = _likeliest(weights, look)
-        found = weights[ids]
-        # Fewest tokens that reach top_p: all before which the sum is still short of it. At least one.
-        count = 1 + int(np.count_nonzero(np.cumsum(found)[:-1] < wanted))
-        count = min(count, int(np.count_nonzero(found >= min_p * found[0])))
+        ids = _most_likely(weights, look)
+        candidates = weights[ids]
+        # Fewest tokens that reach top_p: all before which the sum is still below it. At least one.
+        count = 1 + int(np.count_nonzero(np.cumsum(candidates)[:-1] < required))
+        count = min(count, int(np.count_nonzero(candidates >= min_p * candidates[0])))
         if count < look or look >= limit:
-            return ids[:count], found[:count]
+            return ids[:count], candidates[:count]
         look = min(limit, look * 8)
 
 
-def described(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
-    """The log-probability of a token, and of the `count` likeliest ones."""
+def token_logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+    """The log-probability of a token, and of the `count` most likely ones."""
     logprobs = log_softmax(logits)
-    best = _likeliest(logprobs, count) if count else ()
+    best = _most_likely(logprobs, count) if count else ()
     return TokenLogprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best))
 
 
@@ -200,13 +200,13 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def _likeliest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def _most_likely(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Indices of the largest values, largest first; of equal ones the lower index."""
     if count >= len(values):
         return np.argsort(-values, kind="stable")
     least = np.partition(values, len(values) - count)[len(values) - count]
-    found = np.flatnonzero(values >= least)
-    return found[np.argsort(-values[found], kind="stable")][:count]
+    candidates = np.flatnonzero(values >= least)
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 def _named(value: object) -> str:
