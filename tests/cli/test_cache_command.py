@@ -1,4 +1,4 @@
-"""`ov-phi3 cache`, and the flags of other commands that take its files, as a person and a program use them."""
+"""`ov-phi3 cache`, and the flags of other commands that take its files."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ def built(demo_int4: Path, device: str, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
-def test_info(built: Path, capsys: Captured) -> None:
+def test_info_describes_a_file(built: Path, capsys: Captured) -> None:
     assert main(["cache", "info", str(built)]) == 0
-    shown = capsys.readouterr().out
-    for said in ("prefix", "cached tokens", "int4_sym", "openvino 20"):
-        assert said in shown
+    text = capsys.readouterr().out
+    for part in ("prefix", "cached tokens", "int4_sym", "openvino 20"):
+        assert part in text
     assert main(["cache", "info", str(built), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["kind"] == "prefix"
-    assert found["cached_tokens"] == found["token_ids"] > 10
-    assert found["bytes"] == built.stat().st_size
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "prefix"
+    assert report["cached_tokens"] == report["token_ids"] > 10
+    assert report["bytes"] == built.stat().st_size
 
 
-def test_verify(built: Path, demo_int4: Path, tiny_fp32: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_verify_checks_the_model_and_the_checksums(
+    built: Path, demo_int4: Path, tiny_fp32: Path, tmp_path: Path, capsys: Captured
+) -> None:
     assert main(["cache", "verify", str(built)]) == 0
     assert main(["cache", "verify", str(built), str(demo_int4)]) == 0
-    assert "is whole, and of" in capsys.readouterr().out
+    assert "is intact and fits" in capsys.readouterr().out
     assert main(["cache", "verify", str(built), str(tiny_fp32)]) == 1
     assert "SnapshotError" in (err := capsys.readouterr().err)
     assert "is of another model" in err
@@ -51,7 +53,7 @@ def test_verify(built: Path, demo_int4: Path, tiny_fp32: Path, tmp_path: Path, c
     assert len(err.splitlines()) == 1
 
 
-def test_generate_from_it(built: Path, demo_int4: Path, device: str, capsys: Captured) -> None:
+def test_generate_continues_from_a_saved_prefix(built: Path, demo_int4: Path, device: str, capsys: Captured) -> None:
     command = ["generate", str(demo_int4), "Where are the maps?", "--device", device, "--json", "--max-new-tokens", "8"]
     assert main([*command, "--prefix", str(built)]) == 0
     with_prefix = json.loads(capsys.readouterr().out)
@@ -62,7 +64,9 @@ def test_generate_from_it(built: Path, demo_int4: Path, device: str, capsys: Cap
     assert without["metrics"]["reused_tokens"] == 0
 
 
-def test_messages_and_raw_text(demo_int4: Path, device: str, tmp_path: Path, capsys: Captured) -> None:
+def test_messages_and_raw_text_give_the_same_tokens(
+    demo_int4: Path, device: str, tmp_path: Path, capsys: Captured
+) -> None:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi"}]
     (tmp_path / "m.json").write_text(json.dumps(messages), encoding="utf-8")
     (tmp_path / "raw.txt").write_text(f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\nHi<|end|>\n", encoding="utf-8")
@@ -86,7 +90,7 @@ def test_messages_and_raw_text(demo_int4: Path, device: str, tmp_path: Path, cap
     assert built[0]["exact"] is True
 
 
-def test_system_from_standard_input(
+def test_build_reads_a_system_message_from_standard_input(
     built: Path, demo_int4: Path, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(SYSTEM))
@@ -102,9 +106,9 @@ def test_a_chat_is_saved_and_loaded(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"I am Ada.\n/save {saved}\n/save\n/save {tmp_path}/no/x\n"))
     assert main([*command, "--system", SYSTEM, "--prefix", str(built)]) == 0
     err = capsys.readouterr().err
-    assert "from the cache)" in err  # the first turn found the prefix
+    assert "from the cache)" in err  # the first turn reuses the prefix
     assert f"Saved to {saved}" in err
-    assert "/save FILE: a file" in err
+    assert "/save FILE: name the file" in err
     assert "SnapshotError" in err
     monkeypatch.setattr("sys.stdin", io.StringIO("Who am I?\n"))
     assert main([*command, "--load", str(saved)]) == 0
@@ -114,7 +118,7 @@ def test_a_chat_is_saved_and_loaded(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["cache", "info", "nothing.kv"], 1, "does not exist"),
         (["cache", "build", "{model}", "x.kv", "--messages", "nothing.json"], 2, "cannot be read"),
@@ -125,35 +129,35 @@ def test_a_chat_is_saved_and_loaded(
         (["generate", "{model}", "x", "--prefix", "nothing.kv"], 1, "does not exist"),
         (["generate", "{model}", "x", "--logit-bias", "five"], 2, "expected ID=BIAS"),
         (["generate", "{model}", "x", "--backend", "llm_pipeline", "--top-logprobs", "1"], 2, "infer_request"),
-        (["chat", "{model}", "--prefix", "{built}", "--system", "Something else."], 2, "not what this conversation"),
+        (["chat", "{model}", "--prefix", "{built}", "--system", "Something else."], 2, "does not match the beginning"),
         (["chat", "{model}", "--load", "{built}"], 1, "holds a prefix, not a chat"),
     ],
 )
-def test_failures(
-    built: Path, demo_int4: Path, device: str, tmp_path: Path, capsys: Captured, arguments: Any, code: int, said: str
+def test_a_failure_is_named_without_a_traceback(
+    built: Path, demo_int4: Path, device: str, tmp_path: Path, capsys: Captured, arguments: Any, code: int, message: str
 ) -> None:
     (tmp_path / "bad.json").write_text('{"role": "system"}')
-    places = {"model": demo_int4, "built": built, "bad": tmp_path / "bad.json", "missing": tmp_path / "no"}
-    command = [argument.format(**places) for argument in arguments]
+    values = {"model": demo_int4, "built": built, "bad": tmp_path / "bad.json", "missing": tmp_path / "no"}
+    command = [argument.format(**values) for argument in arguments]
     if command[1] != "info":
         command += ["--device", device]
     assert main(command) == code
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("arguments", [["cache"], ["cache", "build", "m", "o"], ["cache", "inf", "x"]])
-def test_wrong_usage(arguments: list[str]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
 
 
-def test_bias_and_logprobs(demo_int4: Path, device: str, capsys: Captured) -> None:
+def test_generate_takes_logit_bias_and_top_logprobs(demo_int4: Path, device: str, capsys: Captured) -> None:
     command = ["generate", str(demo_int4), "Hi", "--device", device, "--json", "--max-new-tokens", "2", "--ignore-eos"]
     assert main([*command, "--logit-bias", "500=1000", "--top-logprobs", "1"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["token_ids"] == [500, 500]
-    assert found["logprobs"][0]["token_id"] == 500
-    assert found["config"]["logit_bias"] == [[500, 1000.0]]
+    report = json.loads(capsys.readouterr().out)
+    assert report["token_ids"] == [500, 500]
+    assert report["logprobs"][0]["token_id"] == 500
+    assert report["config"]["logit_bias"] == [[500, 1000.0]]

@@ -1,4 +1,4 @@
-"""The command line as a person and a program use it."""
+"""The command line, called in this process, as a program, and in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_generate_reads_standard_input_and_raw_prompts(demo_int4: Path, device: 
     assert "Paris" in done.stdout
 
 
-def test_beams_are_printed_whole(demo_int4: Path, device: str, capsys: Captured) -> None:
+def test_beam_search_prints_the_best_reply(demo_int4: Path, device: str, capsys: Captured) -> None:
     assert main(["generate", str(demo_int4), CAPITAL, "--device", device, "--num-beams", "2"]) == 0
     assert "Paris" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "says"),
+    ("argv", "code", "message"),
     [
         (["generate", "{model}", "x", "--temperature", "-1"], 2, "ConfigError: temperature"),
         (["generate", "{model}", "x", "--device", "GPU.7"], 1, "DeviceError: device 'GPU.7'"),
@@ -74,12 +74,12 @@ def test_beams_are_printed_whole(demo_int4: Path, device: str, capsys: Captured)
         (["bench", "{model}", "--repeat", "0"], 2, "repeat"),
     ],
 )
-def test_failures_are_one_line(
-    demo_int4: Path, tmp_path: Path, capsys: Captured, argv: list[str], code: int, says: str
+def test_a_failure_is_one_line_on_stderr(
+    demo_int4: Path, tmp_path: Path, capsys: Captured, argv: list[str], code: int, message: str
 ) -> None:
     assert main([a.format(model=demo_int4, empty=tmp_path) for a in argv]) == code
     out, err = capsys.readouterr()
-    assert says in err
+    assert message in err
     lines = [line for line in err.splitlines() if "loaded in" not in line]
     assert len(lines) == 1
     assert lines[0].startswith("ov-phi3: ")
@@ -89,7 +89,7 @@ def test_failures_are_one_line(
 @pytest.mark.parametrize(
     "argv", [[], ["generate"], ["generat"], ["generate", "m", "x", "--nonsense"], ["bench", "m", "--repeat", "x"]]
 )
-def test_wrong_usage(argv: list[str], capsys: Captured) -> None:
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
@@ -97,7 +97,7 @@ def test_wrong_usage(argv: list[str], capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "generate", "chat", "bench", "devices", "doctor"])
-def test_help(command: str, capsys: Captured) -> None:
+def test_every_command_has_help(command: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
@@ -113,14 +113,14 @@ def test_every_option_has_a_flag_with_help() -> None:
         assert by_name[name].help, name
 
 
-def test_devices(capsys: Captured) -> None:
+def test_devices_are_listed_as_text_and_json(capsys: Captured) -> None:
     assert main(["devices"]) == 0
     assert "CPU" in capsys.readouterr().out
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["full_name"]
 
 
-def test_doctor(demo_int4: Path, tmp_path: Path, device: str, capsys: Captured) -> None:
+def test_doctor_exits_with_1_if_a_check_fails(demo_int4: Path, tmp_path: Path, device: str, capsys: Captured) -> None:
     assert main(["doctor", str(demo_int4), "--device", device]) == 0
     assert "canary" in capsys.readouterr().out
     assert main(["doctor", str(tmp_path), "--device", device, "--json"]) == 1
@@ -129,7 +129,7 @@ def test_doctor(demo_int4: Path, tmp_path: Path, device: str, capsys: Captured) 
     assert len(err.splitlines()) == 1
 
 
-def test_bench(demo_int4: Path, device: str, capsys: Captured) -> None:
+def test_bench_prints_a_report_or_json(demo_int4: Path, device: str, capsys: Captured) -> None:
     arguments = ["--prompt-tokens", "8", "16", "--new-tokens", "4", "--repeat", "2", "--device", device]
     assert main(["bench", str(demo_int4), *arguments]) == 0
     assert "TTFT" in capsys.readouterr().out
@@ -148,10 +148,10 @@ class Terminal:
         self.ended = False
 
     def until(self, text: str, timeout: float = 60, *, again: str = "") -> None:
-        """Read until the text is on the screen; type `again` whenever a second passes without anything new."""
+        """Read until the text appears; type `again` after every second without new output."""
         end = time.monotonic() + timeout
         while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} never came; seen: {self.seen!r}"
+            assert time.monotonic() < end, f"{text!r} did not appear; seen: {self.seen!r}"
             before = len(self.seen)
             assert self._read(), f"it ended without {text!r}; seen: {self.seen!r}"
             if again and len(self.seen) == before:
@@ -159,7 +159,7 @@ class Terminal:
         self.seen = self.seen[self.seen.index(text) + len(text) :]
 
     def _read(self) -> bool:
-        """Take in what is there, waiting a second for it; False when the program has closed its end."""
+        """Read new output, waiting a second for it; False once the program has closed its end."""
         if not select.select([self.fd], [], [], 1)[0]:
             return True
         try:
@@ -194,7 +194,7 @@ def chat(demo_int4: Path, device: str) -> Iterator[Terminal]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_a_long_conversation(demo_int4: Path, device: str) -> None:
+def test_a_long_chat_drops_turns_and_obeys_its_commands(demo_int4: Path, device: str) -> None:
     options = ["--device", device, "--context-length", "300", "--max-new-tokens", "20", "--prefill-chunk", "64"]
     chat = Terminal(["chat", str(demo_int4), *options])
     try:
@@ -227,21 +227,21 @@ def test_a_long_conversation(demo_int4: Path, device: str) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_a_long_prompt_shows_its_progress(demo_int4: Path, device: str) -> None:
+def test_a_long_prompt_shows_a_progress_bar(demo_int4: Path, device: str) -> None:
     options = ["--device", device, "--max-new-tokens", "4", "--prefill-chunk", "128"]
-    shown = Terminal(["generate", str(demo_int4), "bread " * 500, *options])
+    terminal = Terminal(["generate", str(demo_int4), "bread " * 500, *options])
     try:
-        shown.until("Reading the prompt [---")
-        shown.until("] 128 of 5")
-        shown.until("] 256 of 5")
-        shown.until("prompt tokens, 4 new")
-        assert shown.exit_code() == 0
+        terminal.until("Reading the prompt [---")
+        terminal.until("] 128 of 5")
+        terminal.until("] 256 of 5")
+        terminal.until("prompt tokens, 4 new")
+        assert terminal.exit_code() == 0
     finally:
-        shown.close()
+        terminal.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_ctrl_c_stops_the_reply_and_not_the_chat(chat: Terminal) -> None:
+def test_ctrl_c_stops_the_reply_but_not_the_chat(chat: Terminal) -> None:
     chat.until("> ")
     chat.type("What is the capital of France?\n")
     chat.until("Paris")
@@ -252,14 +252,14 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(chat: Terminal) -> None:
     chat.until("/reset")
     chat.until("> ")
     chat.type("\x03")
-    chat.until("leaves", again="\x03")  # input() overlooks a signal that comes between its prompt and its waiting
+    chat.until("leaves", again="\x03")  # input() misses a signal between its prompt and its wait
     chat.until("> ")
     chat.type("\x04")
     assert chat.exit_code() == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
-def test_ctrl_c_in_generate_ends_with_130(demo_int4: Path, device: str) -> None:
+def test_ctrl_c_in_generate_exits_with_130(demo_int4: Path, device: str) -> None:
     command = [sys.executable, "-m", "ov_phi3", "generate", str(demo_int4), CAPITAL, "--ignore-eos", "--device", device]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -271,7 +271,7 @@ def test_ctrl_c_in_generate_ends_with_130(demo_int4: Path, device: str) -> None:
     assert "stopped" in err
 
 
-def test_a_reader_that_goes_away_is_no_traceback(demo_int4: Path, device: str) -> None:
+def test_a_closed_stdout_causes_no_traceback(demo_int4: Path, device: str) -> None:
     command = [sys.executable, "-m", "ov_phi3", "generate", str(demo_int4), CAPITAL, "--ignore-eos", "--device", device]
     process = subprocess.Popen([*command, "--max-new-tokens", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The command line: the library's own functions, their arguments and what they print. Nothing happens here only."""
+"""The command line: arguments, output and exit codes. Every command calls the public API of the library."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `ov-phi3`, with one subparser a command."""
+    """The parser of `ov-phi3`, with a subparser per command."""
     from ov_phi3.cli import cache, reply, tools
 
     parser = argparse.ArgumentParser(
         prog="ov-phi3",
         description="Run Phi-3 class language models on Intel hardware with OpenVINO GenAI.",
-        epilog="Exit codes: 0 success, 1 a failure named on one line of stderr, 2 wrong usage, 130 Ctrl-C.",
+        epilog="Exit codes: 0 success, 1 failure with a line on stderr, 2 wrong usage, 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"ov-phi3 {__version__}")
     commands = parser.add_subparsers(
@@ -42,17 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """A parser that takes flags as they are written: an abbreviation changes its meaning when a flag is added."""
+    """A parser without abbreviated flags: an abbreviation would change its meaning when a flag is added."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "allow_abbrev": False})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run a command; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the reply
+            stream.reconfigure(errors="replace")  # an unprintable character must not end the reply
     parser = build_parser()
     args, extra = parser.parse_known_args(argv)
     if extra and args.command != "export":
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; what Python would still flush at exit goes nowhere.
+        # The reader of stdout has gone. Redirect it, so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Error, OSError) as exc:
@@ -73,6 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(exc: BaseException) -> str:
-    """An error on one line; what optimum-cli printed before it failed has been shown as it came."""
+    """The message of an error on one line, without the output of optimum-cli, which was shown already."""
     text = str(exc).partition("\n")[0] if isinstance(exc, ExportError) else str(exc)
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""`ov-phi3 cache build`, `info` and `verify`: prefilled prompts in files."""
+"""`ov-phi3 cache build`, `info` and `verify`: KV caches of prompts in files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def add_cache(commands: Any) -> None:
     """Add the `cache` command and its three subcommands."""
     parser = commands.add_parser(
         "cache",
-        help="prefilled prompts in files",
-        description="Prefill a prompt once, keep its KV cache in a file, and start from there ever after.",
+        help="KV caches of prompts in files",
+        description="Prefill a prompt once, save its KV cache to a file, and continue from the file later.",
     )
     kinds = parser.add_subparsers(
         title="commands", dest="cache_command", metavar="COMMAND", required=True, parser_class=type(parser)
@@ -28,28 +28,32 @@ def add_cache(commands: Any) -> None:
     build = kinds.add_parser("build", help="prefill a prompt and save it", description="Prefill a prompt and save it.")
     terminal.add_load_arguments(build)
     build.add_argument("output", type=Path, help="file to write")
-    what = build.add_mutually_exclusive_group(required=True)
-    what.add_argument("--system", metavar="TEXT", help="a system message; - reads it from standard input")
-    what.add_argument("--messages", type=Path, metavar="FILE", help="a JSON list of {role, content} messages")
-    what.add_argument("--raw", type=Path, metavar="FILE", help="a text that is laid out already")
-    build.add_argument("--json", action="store_true", help="print what was built as JSON")
+    prompt = build.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--system", metavar="TEXT", help="a system message; - reads it from standard input")
+    prompt.add_argument("--messages", type=Path, metavar="FILE", help="a JSON list of {role, content} messages")
+    prompt.add_argument(
+        "--raw", type=Path, metavar="FILE", help="a text with control tokens; no chat template is applied"
+    )
+    build.add_argument("--json", action="store_true", help="print a description of the result as JSON")
     build.set_defaults(run=_build)
-    info = kinds.add_parser("info", help="what a file is of", description="What a file is of; no tensor is read.")
+    info = kinds.add_parser(
+        "info", help="describe a file", description="Describe a file by its header, without reading the tensors."
+    )
     info.add_argument("file", type=Path, help="a saved prefix or conversation")
     info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(run=_info)
     verify = kinds.add_parser(
         "verify",
-        help="whether a file is whole, and of a model",
+        help="check a file",
         description="Compare all checksums and, with a model, the fingerprint. Exit code 1 if the file cannot be used.",
     )
     verify.add_argument("file", type=Path, help="a saved prefix or conversation")
-    verify.add_argument("model", type=Path, nargs="?", help="directory of the model that it is to be used with")
+    verify.add_argument("model", type=Path, nargs="?", help="directory of the model that the file is for")
     verify.set_defaults(run=_verify)
 
 
 def _build(args: argparse.Namespace) -> int:
-    prompt = _prompt(args)  # before the model is loaded: a wrong file should not take seconds to be told
+    prompt = _read_prompt(args)  # before loading, so that a wrong file fails at once
     with terminal.load(args, "infer_request") as pipe:
         bar = terminal.PrefillBar()
         try:
@@ -65,7 +69,7 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> Any:
+def _read_prompt(args: argparse.Namespace) -> Any:
     from ov_phi3.text.template import Raw
 
     if args.system is not None:
@@ -74,32 +78,32 @@ def _prompt(args: argparse.Namespace) -> Any:
     source = args.messages or args.raw
     try:
         text = source.read_text(encoding="utf-8")
-        found = json.loads(text) if args.messages else Raw(text)
+        prompt = json.loads(text) if args.messages else Raw(text)
     except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{source} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from exc
-    if args.messages and not (isinstance(found, list) and found and all(isinstance(m, dict) for m in found)):
+    if args.messages and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         raise ConfigError(f"{source}: expected a JSON list of {{role, content}} messages.")
-    return found
+    return prompt
 
 
 def _info(args: argparse.Namespace) -> int:
     from ov_phi3.kv import snapshot
 
-    found = snapshot.read(args.file, verify=False)
-    tensors = found.entry.tensors
+    saved = snapshot.read(args.file, verify=False)
+    tensors = saved.entry.tensors
     facts: dict[str, Any] = {
-        "kind": found.kind,
-        "token ids": len(found.ids),
+        "kind": saved.kind,
+        "token ids": len(saved.ids),
         "cached tokens": tensors.tokens,
         "dtype": tensors.dtype,
         "exact": tensors.exact,
-        "bytes": found.size,
+        "bytes": saved.size,
         "layers": len(tensors.arrays) // 2,
-        "past the LongRoPE boundary": found.entry.long_rope,
-        **found.fingerprint,
+        "past the LongRoPE boundary": saved.entry.long_rope,
+        **saved.fingerprint,
     }
-    if found.conversation is not None:
-        facts["turns"] = len(found.conversation.get("turns", ()))
+    if saved.conversation is not None:
+        facts["turns"] = len(saved.conversation.get("turns", ()))
     if args.json:
         print(json.dumps({name.replace(" ", "_"): value for name, value in facts.items()}, indent=2))
     else:
@@ -113,11 +117,11 @@ def _verify(args: argparse.Namespace) -> int:
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.template import ChatTemplate
 
-    found = snapshot.read(args.file)
+    saved = snapshot.read(args.file)
     if args.model is None:
-        print(f"{args.file} is whole.")
+        print(f"{args.file} is intact.")
         return 0
     info = ModelInfo.from_dir(args.model)
-    check_fingerprint(found.fingerprint, fingerprint_of(info, ChatTemplate.for_info(info)), str(args.file))
-    print(f"{args.file} is whole, and of {info.path}.")
+    check_fingerprint(saved.fingerprint, fingerprint_of(info, ChatTemplate.for_info(info)), str(args.file))
+    print(f"{args.file} is intact and fits {info.path}.")
     return 0

@@ -1,23 +1,22 @@
-"""`ov-phi3 generate` and `ov-phi3 chat`: replies that stream into the terminal."""
+"""`ov-phi3 generate` and `ov-phi3 chat`: replies streamed to the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.cli import terminal
+from ov_phi3.cli.options import add_generation_options, generation_config
 from ov_phi3.errors import ConfigError, Error
-from ov_phi3.generation.config import GenerationConfig
-from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
 
 if TYPE_CHECKING:
     from ov_phi3.chat import Chat
     from ov_phi3.engine.stream import TokenStream
+    from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.generation.results import GenerationResult
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["add_chat", "add_generate"]
 
 _HELP = (
-    "Commands: /rewind [N] takes back the last turns, /kv tells what is cached, /save FILE saves the conversation, "
+    "Commands: /rewind [N] removes the last turns, /kv shows the KV cache, /save FILE saves the conversation, "
     "/reset starts over, /quit leaves, /help shows this. Ctrl-C stops a reply, Ctrl-D leaves."
 )
 
@@ -34,13 +33,17 @@ def add_generate(commands: Any) -> None:
     """Add the `generate` command."""
     parser = commands.add_parser("generate", help="one reply to one prompt", description="One reply to one prompt.")
     terminal.add_load_arguments(parser)
-    # Required, as argparse cannot tell an optional one that stands behind a flag from a stray argument.
+    # Required: argparse cannot tell an optional prompt after a flag from a stray argument.
     parser.add_argument("prompt", help="the prompt; - reads it from standard input")
     parser.add_argument("--system", help="a system message")
-    parser.add_argument("--prefix", type=Path, metavar="FILE", help="what the prompt follows, by `ov-phi3 cache build`")
-    parser.add_argument("--raw", action="store_true", help="the prompt is laid out already: parse its control tokens")
+    parser.add_argument(
+        "--prefix", type=Path, metavar="FILE", help="saved KV cache to continue from, made by `ov-phi3 cache build`"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="apply no chat template to the prompt, and parse its control tokens"
+    )
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON instead of streaming text")
-    _add_options(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -52,71 +55,27 @@ def add_chat(commands: Any) -> None:
     parser.add_argument(
         "--prefix", type=Path, metavar="FILE", help="the system message, prefilled by `ov-phi3 cache build`"
     )
-    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="continue a conversation that /save wrote")
     parser.add_argument(
         "--overflow",
         choices=["drop_oldest", "error"],
         default="drop_oldest",
-        help="for a turn that no longer fits: drop the oldest ones, or refuse it (default: %(default)s)",
+        help="if a turn does not fit the window: drop the oldest turns, or refuse it (default: %(default)s)",
     )
-    _add_options(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=_chat)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for every option of a reply that a flag can hold, with the help of the library's own docstring."""
-    group = parser.add_argument_group("generation options (default: the model's own)")
-    about = dict(re.findall(r"^        (\w+): (.+)", GenerationConfig.__doc__ or "", re.MULTILINE))
-    for name in GenerationConfig.__dataclass_fields__:
-        if name == "logits_processors":  # functions
-            continue
-        flag = "--" + name.replace("_", "-")
-        text = about.get(name, "").rstrip(".;").replace("%", "%%")
-        if name in BOOLEANS:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif name == "stop":
-            group.add_argument(flag, action="append", metavar="TEXT", help=text + "; can be given several times")
-        elif name == "logit_bias":
-            group.add_argument(flag, action="append", metavar="ID=BIAS", help=text + "; can be given several times")
-        elif name == "stop_token_ids":
-            group.add_argument(flag, type=int, nargs="+", metavar="ID", help=text)
-        else:
-            kind: Any = str
-            if name in INTEGERS:
-                kind = int
-            elif name in NUMBERS:
-                kind = float
-            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(flag, type=kind, metavar=metavar, help=text)
-
-
-def _options(args: argparse.Namespace) -> GenerationConfig:
-    given = {name: getattr(args, name, None) for name in GenerationConfig.__dataclass_fields__}
-    if args.logit_bias is not None:
-        given["logit_bias"] = dict(_bias(pair) for pair in args.logit_bias)
-    return GenerationConfig(**given)
-
-
-def _bias(pair: str) -> tuple[int, float]:
-    token, _, bias = pair.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError as exc:
-        raise ConfigError(f"--logit-bias {pair!r}; expected ID=BIAS, a token id and a number.") from exc
 
 
 def _generate(args: argparse.Namespace) -> int:
     import ov_phi3
 
-    config = _options(args)  # before the model is loaded: a wrong option should not take seconds to be told
+    config = generation_config(args)  # before loading, so that a wrong option fails at once
     if args.raw and args.system is not None:
-        raise ConfigError("--raw and --system contradict each other: a raw prompt has its own system turn.")
+        raise ConfigError("--raw and --system contradict each other: a raw prompt has its own system message.")
     text = (sys.stdin.read() if sys.stdin else "") if args.prompt == "-" else args.prompt
     prompt: Any = ov_phi3.Raw(text) if args.raw else text
     if args.prefix is not None and args.system is not None:
-        raise ConfigError(
-            "--prefix and --system contradict each other: the prompt follows the prefix, system turn and all."
-        )
+        raise ConfigError("--prefix and --system contradict each other: the prefix holds the system message already.")
     if args.system is not None:
         prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
     with terminal.load(args, _backend_for(config, args.prefix)) as pipe:
@@ -137,11 +96,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    config = _options(args)
+    config = generation_config(args)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a history and line editing
+        import readline  # noqa: F401 - adds history and line editing to input()
     with terminal.load(args, _backend_for(config, args.prefix or args.load)) as pipe:
-        prefix = None if args.prefix is None else _held(pipe, args)  # noqa: F841 - used for as long as it is held
+        prefix = None if args.prefix is None else _load_prefix(pipe, args)  # noqa: F841 - a live Prefix stays cached
         chat = pipe.chat(system=args.system, overflow=args.overflow)
         if args.load is not None:
             chat = pipe.load_chat(args.load)
@@ -161,34 +120,39 @@ def _chat(args: argparse.Namespace) -> int:
             elif text.split()[:1] == ["/save"]:
                 _save(chat, text.removeprefix("/save").strip())
             elif text.startswith("/"):
-                terminal.note(_HELP if text == "/help" else f"{text.split()[0]} is no command. {_HELP}")
+                terminal.note(_HELP if text == "/help" else f"{text.split()[0]} is not a command. {_HELP}")
             elif text:
                 _turn(chat, text, config)
     return 0
 
 
 def _backend_for(config: GenerationConfig, file: Path | None) -> str:
-    """The backend that has what was asked for."""
+    """The backend that supports the given options and files."""
     return "infer_request" if file is not None or config.infer_request_options else "llm_pipeline"
 
 
-def _held(pipe: Pipeline, args: argparse.Namespace) -> Prefix:
-    """The prefix that the conversation begins with."""
+def _load_prefix(pipe: Pipeline, args: argparse.Namespace) -> Prefix:
+    """Load the prefix that the conversation begins with.
+
+    Raises:
+        ConfigError: the conversation begins with other tokens.
+    """
     prefix = pipe.load_prefix(args.prefix)
-    head = [] if args.system is None else [{"role": "system", "content": args.system}]
-    begins = pipe.tokenizer.encode_segments(pipe.tokenizer.template.beginning(head)).tolist()
-    if begins[: len(prefix)] != prefix.token_ids.tolist():
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    ids = pipe.tokenizer.encode_segments(pipe.tokenizer.template.beginning(messages)).tolist()
+    if ids[: len(prefix)] != prefix.token_ids.tolist():
         raise ConfigError(
-            f"--prefix {args.prefix} is not what this conversation begins with; give the --system that it was built of."
+            f"--prefix {args.prefix} does not match the beginning of this conversation; give the --system text that "
+            "the prefix was built from."
         )
     return prefix
 
 
 def _save(chat: Chat, path: str) -> None:
-    """Save a conversation; says where, and how large it is."""
+    """Save the conversation and print the file and its size."""
     try:
         if not path:
-            terminal.note("/save FILE: a file to write the conversation to.")
+            terminal.note("/save FILE: name the file to write the conversation to.")
         else:
             terminal.note(f"Saved to {path}, {chat.save(path) / 2**20:.1f} MiB.")
     except Error as exc:
@@ -196,7 +160,7 @@ def _save(chat: Chat, path: str) -> None:
 
 
 def _ask() -> str | None:
-    """The next message, or None when there are no more; Ctrl-C only clears the line."""
+    """Read the next message; None at the end of the input. Ctrl-C clears the line."""
     while True:
         try:
             return input("> ").strip()
@@ -209,32 +173,32 @@ def _ask() -> str | None:
 
 
 def _turn(chat: Any, text: str, config: GenerationConfig) -> None:
-    """One turn; what goes wrong in it ends the turn and not the chat."""
+    """Run one turn; an error ends the turn, not the chat."""
     try:
         bar = terminal.PrefillBar()
         result, _ = _show(chat.stream(text, config, on_prefill=bar), bar)
         if result.dropped_messages:
             turns = len(result.dropped_messages) // 2
-            gone = "oldest turn was" if turns == 1 else f"{turns} oldest turns were"
-            terminal.note(f"[the {gone} dropped, to make room]")
+            dropped = "oldest turn was" if turns == 1 else f"{turns} oldest turns were"
+            terminal.note(f"[the {dropped} dropped, to make room]")
         terminal.note(_latency(result))
     except Error as exc:
         terminal.note(f"{type(exc).__name__}: {exc}")
 
 
 def _rewind(chat: Any, arguments: list[str]) -> None:
-    """Take back turns; says what the last one left is."""
+    """Remove the last turns and print the last message that is left."""
     try:
         chat.rewind(int(arguments[0]) if arguments else 1)
-    except ValueError as exc:  # ours is one, too
+    except ValueError as exc:  # ConfigError is a ValueError too
         terminal.note(str(exc) if isinstance(exc, Error) else f"/rewind {arguments[0]}: expected a number of turns.")
         return
-    said = [m["content"] for m in chat.messages if m["role"] == "user"]
-    terminal.note(f"Back to after: {said[-1]}" if said else "Back to the beginning.")
+    messages = [m["content"] for m in chat.messages if m["role"] == "user"]
+    terminal.note(f"Back to after: {messages[-1]}" if messages else "Back to the beginning.")
 
 
 def _usage(chat: Any) -> str:
-    """What a chat has in the KV cache, in a line."""
+    """The KV cache of a chat, in a line."""
     usage = chat.kv
     return (
         f"{usage.cached_tokens} of {len(chat.token_ids)} tokens cached ({usage.bytes / 2**20:.1f} MiB), "
@@ -243,7 +207,7 @@ def _usage(chat: Any) -> str:
 
 
 def _show(stream: TokenStream, bar: terminal.PrefillBar) -> tuple[GenerationResult, bool]:
-    """Print a reply as it comes; Ctrl-C stops the reply, and what came of it is the result."""
+    """Print a reply while it streams; return the result and whether Ctrl-C stopped it."""
     interrupted = False
     with stream:
         try:
@@ -259,6 +223,6 @@ def _show(stream: TokenStream, bar: terminal.PrefillBar) -> tuple[GenerationResu
 
 
 def _latency(result: GenerationResult) -> str:
-    """The line of latency under a reply."""
-    ended = {"length": "; ended at its length limit", "cancelled": "; stopped"}.get(result.finish_reason, "")
-    return f"[{result.metrics}{ended}]"
+    """The line with the latency of a reply."""
+    ending = {"length": "; ended at its length limit", "cancelled": "; stopped"}.get(result.finish_reason, "")
+    return f"[{result.metrics}{ending}]"

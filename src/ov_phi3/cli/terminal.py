@@ -1,4 +1,4 @@
-"""What a person sees: notes on stderr, dimmed where the terminal can, so that stdout is the reply and nothing else."""
+"""Notes, progress lines and warnings on stderr, dimmed on a terminal, so that stdout holds only the reply."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress"
 
 
 def dim(text: str) -> str:
-    """The text, dimmed if stderr is a terminal that wants it (https://no-color.org)."""
+    """The text, dimmed if stderr is a terminal and colour is not disabled (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
 def note(text: str, *, end: str = "\n") -> None:
-    """A line for the person, not for a program."""
+    """Print a line for a person to stderr."""
     print(dim(text), end=end, file=sys.stderr, flush=True)
 
 
@@ -37,50 +37,50 @@ _CLEAR = "\r\x1b[K"
 
 
 def _redraw(text: str) -> None:
-    """Replace the line that the cursor is on, cut to the terminal's width."""
+    """Replace the current line, cut to the width of the terminal."""
     note(_CLEAR + text[: shutil.get_terminal_size().columns - 1], end="")
 
 
 def progress(line: ProgressLine) -> None:
-    """A line of an export: a progress bar redraws itself in a terminal, and is left out everywhere else."""
-    watched = sys.stderr.isatty()
+    """Show a line of an export; progress bars are redrawn on a terminal and left out everywhere else."""
+    on_terminal = sys.stderr.isatty()
     if not line.transient:
-        note((_CLEAR if watched else "") + line)
-    elif watched:
+        note((_CLEAR if on_terminal else "") + line)
+    elif on_terminal:
         _redraw(line)
 
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """A line that says what is going on, redrawn on a terminal and gone at the end; nothing anywhere else."""
-    watched = sys.stderr.isatty()
+    """A status line that is redrawn on a terminal and cleared at the end; nothing is shown everywhere else."""
+    on_terminal = sys.stderr.isatty()
 
-    def tell(text: str) -> None:
-        if watched:
+    def show(text: str) -> None:
+        if on_terminal:
             _redraw(text)
 
     try:
-        yield tell
+        yield show
     finally:
-        if watched:
+        if on_terminal:
             print(_CLEAR, end="", file=sys.stderr, flush=True)
 
 
 class PrefillBar:
-    """A bar for a long prefill, on a terminal; told the progress by the reply's own thread."""
+    """A progress bar for a long prefill, on a terminal. The thread that makes the reply calls it."""
 
     WIDTH = 30
-    WORTH_IT = 256  # tokens to prefill from which a person would wonder
+    MIN_TOKENS = 256  # no bar for a shorter prefill
 
     def __init__(self) -> None:
         self._first: int | None = None
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        """Redraw the bar; it goes when the first token comes."""
+        """Redraw the bar; clear it when the prefill is done."""
         if self._first is None:
             self._first = done
-        if not sys.stderr.isatty() or total - self._first < self.WORTH_IT:
+        if not sys.stderr.isatty() or total - self._first < self.MIN_TOKENS:
             return
         if done >= total:
             self.clear()
@@ -92,14 +92,14 @@ class PrefillBar:
         self._shown = True
 
     def clear(self) -> None:
-        """Take the bar off the screen, if it is there."""
+        """Clear the bar if it is shown."""
         if self._shown:
             self._shown = False
             print(_CLEAR, end="", file=sys.stderr, flush=True)
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every command which loads a model takes."""
+    """Add the arguments of commands that load a model."""
     parser.add_argument("model", type=Path, help="directory of an exported model")
     parser.add_argument(
         "--device",
@@ -109,43 +109,43 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="llm_pipeline (openvino_genai.LLMPipeline), or infer_request: our own loop, which has saved KV caches, "
-        "logit bias and log-probabilities (default: llm_pipeline, or infer_request for an option that needs it)",
+        help="llm_pipeline (openvino_genai.LLMPipeline), or infer_request (our own engine, with saved KV caches, logit "
+        "bias and log-probabilities); default: llm_pipeline, or infer_request for an option that needs it",
     )
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
-    parser.add_argument("--kv-cache-gb", type=float, metavar="GIB", help="most memory for the KV cache")
+    parser.add_argument("--kv-cache-gb", type=float, metavar="GIB", help="maximum memory for the KV cache")
     parser.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help="prompt tokens computed at once; 0 for whole prompts"
+        "--prefill-chunk", type=int, metavar="N", help="prompt tokens prefilled at once; 0 for whole prompts"
     )
     parser.add_argument(
         "--ov-config",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an OpenVINO property, laid over the latency defaults; can be given several times",
+        help="an OpenVINO property that overrides the latency defaults; repeatable",
     )
 
 
 def properties(pairs: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` arguments as a dict; True and False become booleans."""
+    """`KEY=VALUE` arguments as a dict; `true` and `false` become booleans."""
     from ov_phi3.errors import ConfigError
 
-    out: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"--ov-config {pair!r}; expected KEY=VALUE.")
-        out[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return out
+        config[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return config
 
 
 def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
-    """Load the model, telling which device it went to; on `backend`, unless another was asked for."""
+    """Load the model on `--backend`, or else on `backend`; print the device, the load time and warnings."""
     import ov_phi3
 
-    with warnings.catch_warnings(record=True) as caught, status_line() as tell:
+    with warnings.catch_warnings(record=True) as caught, status_line() as show:
         warnings.simplefilter("always", ov_phi3.ModelWarning)
-        tell(f"Loading {args.model} ...")
+        show(f"Loading {args.model} ...")
         pipe = ov_phi3.load(
             args.model,
             args.device,

@@ -22,17 +22,17 @@ def add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="convert a model with optimum-cli",
-        description="Convert a model with optimum-cli, check the result and note how it was made. Any other flag of "
-        "`optimum-cli export openvino` can be added, e.g. --group-size 64 --awq.",
+        description="Convert a model with optimum-cli, verify the result and write a manifest. Any other flag of "
+        "`optimum-cli export openvino` can be added, such as --group-size 64 --awq.",
     )
     parser.add_argument(
         "source", help="a local directory, or a Hugging Face name such as microsoft/Phi-3-mini-4k-instruct"
     )
-    parser.add_argument("output", type=Path, help="directory to make")
+    parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--recipe", default="int4", help="int4 (the cookbook's), int4-max, int8, fp16 or fp32")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the source brings along")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the source")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    parser.add_argument("--json", action="store_true", help="print what was exported as JSON")
+    parser.add_argument("--json", action="store_true", help="print a description of the result as JSON")
     parser.set_defaults(run=_export)
 
 
@@ -56,19 +56,19 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _flags(extra: Sequence[str]) -> dict[str, Any]:
-    """Flags that are not ours, as keyword arguments: `--group-size 64 --awq` is `group_size=64, awq=True`."""
-    out: dict[str, Any] = {}
+    """Flags for optimum-cli as keyword arguments: `--group-size 64 --awq` becomes `group_size=64, awq=True`."""
+    flags: dict[str, Any] = {}
     name = ""
     for item in extra:
         if item.startswith("--"):
             name, equals, value = item[2:].partition("=")
             name = name.replace("-", "_")
-            out[name] = _number(value) if equals else True
-        elif not name or out[name] is not True:
+            flags[name] = _number(value) if equals else True
+        elif not name or flags[name] is not True:
             raise ConfigError(f"unexpected argument {item!r}; flags for optimum-cli look like --group-size 64.")
         else:
-            out[name] = _number(item)
-    return out
+            flags[name] = _number(item)
+    return flags
 
 
 def _number(text: str) -> int | float | str:
@@ -84,9 +84,9 @@ def add_bench(commands: Any) -> None:
     """Add the `bench` command."""
     parser = commands.add_parser(
         "bench",
-        help="first-token and per-token latency",
-        description="First-token (TTFT) and per-token (TPOT) latency, medians over fresh prompts of exact lengths, and "
-        "how near it is to the speed that memory allows.",
+        help="measure latency",
+        description="Measure time to first token (TTFT) and time per output token (TPOT): medians over fresh prompts "
+        "of exact lengths, compared with the speed that memory bandwidth allows.",
     )
     terminal.add_load_arguments(parser)
     parser.add_argument(
@@ -105,26 +105,26 @@ def add_bench(commands: Any) -> None:
         "--ends",
         choices=["forced", "natural"],
         default="forced",
-        help="whether all replies have --new-tokens tokens, or end tokens end them (default: %(default)s)",
+        help="all replies have --new-tokens tokens, or end at end tokens (default: %(default)s)",
     )
     parser.add_argument(
-        "--chat-turns", type=int, default=0, metavar="N", help="turns of a chat too (default: %(default)s)"
+        "--chat-turns", type=int, default=0, metavar="N", help="also measure a chat of N turns (default: %(default)s)"
     )
     parser.add_argument(
         "--roofline",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure the memory's bandwidth too, and say how much of it is used (default: yes)",
+        help="measure the memory bandwidth, and report the fraction in use (default: yes)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the whole report as JSON, every sample in it")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the whole report with every sample as JSON")
     parser.set_defaults(run=_bench)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from ov_phi3.bench.measuring import measure
 
-    with terminal.load(args) as pipe, terminal.status_line() as tell:
+    with terminal.load(args) as pipe, terminal.status_line() as show:
         report = measure(
             pipe,
             prompt_tokens=args.prompt_tokens,
@@ -134,7 +134,7 @@ def _bench(args: argparse.Namespace) -> int:
             chat_turns=args.chat_turns,
             roofline=args.roofline,
             seed=args.seed,
-            progress=tell,
+            progress=show,
         )
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
@@ -142,19 +142,21 @@ def _bench(args: argparse.Namespace) -> int:
 
 def add_devices(commands: Any) -> None:
     """Add the `devices` command."""
-    parser = commands.add_parser("devices", help="the devices here", description="The devices that OpenVINO sees here.")
-    parser.add_argument("--json", action="store_true", help="print everything known about them as JSON")
+    parser = commands.add_parser(
+        "devices", help="list the devices", description="List the devices that OpenVINO finds on this machine."
+    )
+    parser.add_argument("--json", action="store_true", help="print all properties as JSON")
     parser.set_defaults(run=_devices)
 
 
 def _devices(args: argparse.Namespace) -> int:
     import ov_phi3
 
-    found = ov_phi3.devices()
+    available = ov_phi3.devices()
     if args.json:
-        print(json.dumps([asdict(d) for d in found], indent=2))
+        print(json.dumps([asdict(d) for d in available], indent=2))
     else:
-        print(table([(d.name, d.full_name, _kind(d)) for d in found]))
+        print(table([(d.name, d.full_name, _kind(d)) for d in available]))
     return 0
 
 
@@ -168,11 +170,12 @@ def add_doctor(commands: Any) -> None:
     """Add the `doctor` command."""
     parser = commands.add_parser(
         "doctor",
-        help="what works here, what does not, and what to do",
-        description="Check versions, devices, drivers, permissions, memory and a model. Exit code 1 if one fails.",
+        help="check this machine and a model",
+        description="Check versions, devices, drivers, permissions, memory and a model, and show fixes. The exit code "
+        "is 1 if a check fails.",
     )
-    parser.add_argument("model", type=Path, nargs="?", help="directory of an exported model, to check it too")
-    parser.add_argument("--device", default="AUTO", help="the device that is meant to run it (default: %(default)s)")
+    parser.add_argument("model", type=Path, nargs="?", help="directory of an exported model to check")
+    parser.add_argument("--device", default="AUTO", help="the device to check (default: %(default)s)")
     parser.add_argument(
         "--canary", action=argparse.BooleanOptionalAction, help="run a short greedy reply (default: yes)"
     )
