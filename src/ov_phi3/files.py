@@ -1,15 +1,17 @@
-"""Paths and files: `~` in a path, optional text files, and files that are written whole or not at all."""
+"""Paths and files: `~` in a path, optional text files, atomic writes, and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["expanded", "text_or_empty", "write_atomically"]
+__all__ = ["expanded", "lock_file", "text_or_empty", "write_atomically"]
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -54,3 +56,43 @@ def text_or_empty(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def lock_file(path: Path, *, wait: bool = False) -> IO[bytes]:
+    """Open a file, creating it if needed, and lock it until it is closed or this process ends.
+
+    The lock excludes other processes, and other calls in this process.
+
+    Args:
+        path: the file.
+        wait: wait until no other process holds the lock, instead of raising.
+
+    Raises:
+        OSError: the file cannot be opened or locked, or is locked by another process.
+    """
+    file = path.open("ab")
+    try:
+        if os.name == "nt":
+            _lock_on_windows(file, wait=wait)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lock_on_windows(file: IO[bytes], *, wait: bool) -> None:
+    import msvcrt
+
+    while True:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError as error:
+            if not wait or error.errno not in (errno.EACCES, errno.EDEADLK):
+                raise
+            time.sleep(0.1)
+        else:
+            return

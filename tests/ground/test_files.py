@@ -1,13 +1,14 @@
-"""`~` in paths, and files that are written whole or not at all."""
+"""`~` in paths, optional text files, atomic writes, and locks."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from ov_phi3 import files
-from ov_phi3.files import expanded, write_atomically
+from ov_phi3.files import expanded, lock_file, text_or_empty, write_atomically
 
 
 def test_a_tilde_becomes_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +64,34 @@ def test_the_data_is_on_the_disk_before_the_file_has_its_name(tmp_path: Path, mo
         file.write(b"data")
     assert synced == [False]
     assert target.exists()
+
+
+def test_text_of_a_missing_file_is_empty(tmp_path: Path) -> None:
+    assert text_or_empty(tmp_path / "missing") == ""
+    (tmp_path / "file").write_bytes(b"a\xff")
+    assert text_or_empty(tmp_path / "file") == "a\ufffd"
+
+
+def test_a_locked_file_cannot_be_locked_again_until_it_is_closed(tmp_path: Path) -> None:
+    lock = lock_file(tmp_path / "lock")
+    with pytest.raises(OSError):  # noqa: PT011 - the number depends on the system
+        lock_file(tmp_path / "lock")
+    lock.close()
+    lock_file(tmp_path / "lock").close()
+
+
+def test_a_waiting_call_gets_the_lock_when_the_other_closes_the_file(tmp_path: Path) -> None:
+    lock = lock_file(tmp_path / "lock")
+    order: list[str] = []
+
+    def wait() -> None:
+        with lock_file(tmp_path / "lock", wait=True):
+            order.append("locked")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join(0.2)
+    order.append("closed")
+    lock.close()
+    thread.join(10)
+    assert order == ["closed", "locked"]

@@ -1,4 +1,4 @@
-"""Subprocesses that do the heavy work: their output is passed on as it comes, and none outlives its parent."""
+"""Subprocesses for the heavy work. Their output is passed on line by line, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _TAIL = 30
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 
-# The child watches its standard input, whose other end only the parent holds: when the parent is gone, however it went,
-# the child removes the unfinished directory and exits. The working directory is taken off sys.path, where "-c" puts it,
-# so that a folder called `datasets` or `optimum` where the user happens to be is not imported.
+# The child reads its standard input, whose other end only the parent holds. When the parent ends, for whatever reason,
+# the child removes the unfinished directory and exits. "-c" puts the working directory on sys.path; it is removed, so
+# that a folder called `datasets` or `optimum` in it is not imported.
 _BOOTSTRAP = """
 import os, sys, threading
 sys.path[:] = [path for path in sys.path if path]
@@ -46,8 +46,8 @@ class ProgressLine(str):
     """A line of progress; print it like any string.
 
     Attributes:
-        transient: a progress bar's state, to be overwritten by the next line (it ended in a carriage return).
-        ours: said by this library, rather than passed on from optimum-cli.
+        transient: whether the next line overwrites it, as in a progress bar (it ended in a carriage return).
+        ours: whether the line is from this library, rather than from optimum-cli.
     """
 
     __slots__ = ("ours", "transient")
@@ -56,7 +56,7 @@ class ProgressLine(str):
     ours: bool
 
     def __new__(cls, text: str, *, transient: bool = False, ours: bool = False) -> ProgressLine:
-        """A line without its end."""
+        """A line without its line end."""
         line = super().__new__(cls, text)
         line.transient, line.ours = transient, ours
         return line
@@ -66,17 +66,17 @@ Progress = Callable[[ProgressLine], object]
 
 
 def bootstrap(code: str, remove: Path) -> list[str]:
-    """The command that runs Python code in a child which removes a directory when its parent dies."""
+    """A command that runs Python code in a child process, which removes a directory if its parent dies."""
     return [sys.executable, "-c", _BOOTSTRAP.format(remove=str(remove), code=code)]
 
 
 def child_environment(scratch: Path) -> dict[str, str]:
-    """The environment of this process with telemetry off, UTF-8 on, and temporary files kept in a directory of ours.
+    """The environment of this process, with telemetry off, UTF-8 on, and temporary files in the scratch directory.
 
-    optimum-cli writes the unquantised model to the temporary directory before it quantises: gigabytes that must go away
-    with a killed export, and that should lie on the disk of the output. openvino-telemetry is silent where CI is set.
+    optimum-cli writes the unquantised model, gigabytes, to the temporary directory before it quantises. These files
+    have to be on the output's disk, and be removed with a killed export. CI=true turns openvino-telemetry off.
     """
-    ours = {
+    changes = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "CI": "true",
@@ -85,17 +85,17 @@ def child_environment(scratch: Path) -> dict[str, str]:
         "PYTHONUTF8": "1",
         **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch)),
     }
-    return {**os.environ, **ours}
+    return {**os.environ, **changes}
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], progress: Progress) -> tuple[int, list[str]]:
-    """Run a command to its end, handing on each line it writes.
+    """Run a command to its end, and pass each line of its output to `progress`.
 
-    The child does not get the terminal's Ctrl-C; this process does, and kills it. Whatever ends this call, an exception
-    of `progress` included, the child has ended before.
+    The terminal's Ctrl-C reaches only this process, which then kills the child. The child has always ended when this
+    function returns or raises, also if `progress` raises.
 
     Returns:
-        its exit code, negative for a signal, and the last lines of its output.
+        The exit code, negative for a signal, and the last lines of the output.
 
     Raises:
         ExportError: the command cannot be started.
@@ -132,13 +132,13 @@ def run(command: Sequence[str], environment: Mapping[str, str], progress: Progre
 
 
 def _next(lines: queue.SimpleQueue[ProgressLine | None]) -> ProgressLine | None:
-    while True:  # in slices: on Windows a wait without a timeout swallows Ctrl-C
+    while True:  # with a timeout, because on Windows a wait without one ignores Ctrl-C
         with suppress(queue.Empty):
             return lines.get(timeout=0.2)
 
 
 def _read(stream: object, lines: queue.SimpleQueue[ProgressLine | None]) -> None:
-    """Split output into lines; a carriage return ends a line as well, that of a progress bar."""
+    """Split output into lines. A carriage return ends a line too, as in a progress bar."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     rest = ""
     try:
@@ -148,7 +148,7 @@ def _read(stream: object, lines: queue.SimpleQueue[ProgressLine | None]) -> None
             end = 0
             for match in _LINE.finditer(rest):
                 if match[0].endswith("\r") and match.end() == len(rest):
-                    break  # the other half of "\r\n" may be on its way
+                    break  # the "\n" of "\r\n" may follow
                 _put(lines, match[0])
                 end = match.end()
             rest = rest[end:]

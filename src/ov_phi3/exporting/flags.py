@@ -1,4 +1,4 @@
-"""Recipes, and the flags of `optimum-cli export openvino` as keyword arguments."""
+"""Recipes, and the flags of `optimum-cli export openvino` as keyword arguments with checks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ov_phi3.errors import ConfigError, did_you_mean
-from ov_phi3.model.config import Phi3Config
 
-__all__ = ["FLAGS", "RECIPES", "TASK", "Flag", "Flags", "Recipe", "arguments", "combine", "group_size_channels"]
+__all__ = ["FLAGS", "RECIPES", "REFUSED", "TASK", "Flag", "Flags", "Recipe", "arguments", "combine"]
 
 TASK = "text-generation-with-past"
 
 Flags = dict[str, Any]
-"""Flag name (underscores) to value: True for a switch, else what follows the flag."""
+"""Value by flag name (with underscores); True for a switch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +22,9 @@ class Flag:
     """A flag of `optimum-cli export openvino`.
 
     Attributes:
-        kind: type of its value; bool for a switch.
-        choices: the values it takes, where they are few.
-        option: its spelling on the command line.
+        kind: type of the value; bool for a switch.
+        choices: the accepted values; () if any value of the type is accepted.
+        option: spelling on the command line, if it is not the name with dashes.
     """
 
     kind: type
@@ -38,9 +37,9 @@ class Recipe:
     """A named set of flags.
 
     Attributes:
-        name: what `export` calls it.
-        summary: one line for a help text.
-        flags: the flags it stands for.
+        name: the value of `export(recipe=...)`.
+        summary: a line for the help text.
+        flags: the flags.
     """
 
     name: str
@@ -53,7 +52,7 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             "int4",
-            "60 % of the layers int4, the rest int8; the cookbook's",
+            "60 % of the layers int4, the rest int8; that of the cookbook",
             {"weight_format": "int4", "group_size": 128, "ratio": 0.6, "sym": True},
         ),
         Recipe(
@@ -104,18 +103,18 @@ FLAGS: Mapping[str, Flag] = {
     "framework": Flag(str, ("pt",)),
     "library": Flag(str, ("transformers",)),
 }
-"""The flags that `export` passes on. `test_export` holds the list against `optimum-cli export openvino --help`."""
+"""The flags that `export` passes on. A test compares them with `optimum-cli export openvino --help`."""
 
 REFUSED: Mapping[str, str] = {
     "task": f"it is always {TASK!r}, the only task whose models have a KV cache",
-    "disable_stateful": "both backends need the KV cache in the model's state",
+    "disable_stateful": "both backends need the KV cache as a state of the model",
     "disable_convert_tokenizer": "the library needs the converted tokenizer",
     "model": "it is the first argument, source",
     "output": "it is the second argument",
     "help": "see `optimum-cli export openvino --help`",
     "revision": "optimum-cli has no such flag; download that revision and pass its directory as the source",
 }
-"""Flags that a caller may know and that `export` does not pass on, and why."""
+"""Flags of optimum-cli that `export` does not pass on, with the reason."""
 
 _QUANTISED_ONLY = frozenset(FLAGS) - {
     "weight_format", "cache_dir", "pad_token_id", "variant", "model_kwargs", "framework", "library",
@@ -126,10 +125,10 @@ _4BIT_ONLY = _QUANTISED_ONLY - _ACTIVATIONS_ONLY - {"quant_mode", "sym"}
 
 
 def combine(recipe: str, flags: Mapping[str, Any]) -> Flags:
-    """A recipe's flags with the caller's over them.
+    """A recipe's flags with the caller's flags over them.
 
-    None or False takes a flag of the recipe away. Another `weight_format`, or a `quant_mode`, takes the recipe's other
-    flags away, for they belong to its own format.
+    None or False removes a flag of the recipe. Another `weight_format`, or a `quant_mode`, removes all other flags of
+    the recipe, because they belong to the recipe's format.
 
     Raises:
         ConfigError: an unknown recipe or flag, a value out of range, or a flag that optimum-cli would ignore.
@@ -137,11 +136,12 @@ def combine(recipe: str, flags: Mapping[str, Any]) -> Flags:
     """
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES)}.{did_you_mean(recipe, RECIPES)}")
-    given = {name: _checked(name, value) for name, value in flags.items()}
+    for name, value in flags.items():
+        _check_flag(name, value)
     base = dict(RECIPES[recipe].flags)
-    if given.get("quant_mode") or given.get("weight_format", base["weight_format"]) != base["weight_format"]:
+    if flags.get("quant_mode") or flags.get("weight_format", base["weight_format"]) != base["weight_format"]:
         base = {}
-    combined = {name: value for name, value in {**base, **given}.items() if value is not None and value is not False}
+    combined = {name: value for name, value in {**base, **flags}.items() if value is not None and value is not False}
     _check_together(combined)
     return combined
 
@@ -156,41 +156,29 @@ def arguments(flags: Mapping[str, Any]) -> list[str]:
     return result
 
 
-def group_size_channels(config: Phi3Config) -> dict[str, int]:
-    """Input widths of the layers that are compressed in groups: a group size has to divide each of them.
-
-    qkv_proj and gate_up_proj read the hidden state, o_proj the attention heads, down_proj the MLP. The embedding and
-    the output layer are int8, except with `all_layers`, and have the width of the hidden state as well.
-    """
-    return {
-        "hidden_size": config.hidden_size,
-        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
-        "intermediate_size": config.intermediate_size,
-    }
-
-
-def _checked(name: str, value: object) -> object:
+def _check_flag(name: str, value: object) -> None:
     if name in REFUSED:
         raise ConfigError(f"{name} cannot be set: {REFUSED[name]}.")
     if name not in FLAGS:
-        near = did_you_mean(name, FLAGS)
-        raise ConfigError(f"{name!r} is not a flag of `optimum-cli export openvino`.{near} Valid: {', '.join(FLAGS)}.")
+        suggestion = did_you_mean(name, FLAGS)
+        raise ConfigError(
+            f"{name!r} is not a flag of `optimum-cli export openvino`.{suggestion} Valid: {', '.join(FLAGS)}."
+        )
     flag = FLAGS[name]
     if value is None:
-        return None
+        return
     accepted = (int, float) if flag.kind is float else (flag.kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and flag.kind is not bool):
         raise TypeError(f"{name} is {value!r}; expected {flag.kind.__name__} or None, not {type(value).__name__}")
     if flag.choices and value not in flag.choices:
-        near = did_you_mean(str(value), flag.choices)
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(flag.choices)}.{near}")
+        suggestion = did_you_mean(str(value), flag.choices)
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(flag.choices)}.{suggestion}")
     _check_range(name, value)
-    return value
 
 
 def _check_range(name: str, value: Any) -> None:
     if name == "ratio" and not 0 < value <= 1:
-        raise ConfigError(f"ratio is {value}; expected the share of layers in 4 bits, above 0 and up to 1.")
+        raise ConfigError(f"ratio is {value}; expected the fraction of layers in 4 bits, above 0 and at most 1.")
     if name == "group_size" and value != -1 and value < 1:
         raise ConfigError(
             f"group_size is {value}; expected a positive number such as 128, or -1 for one group per row."
@@ -198,7 +186,7 @@ def _check_range(name: str, value: Any) -> None:
     if name == "num_samples" and value < 1:
         raise ConfigError(f"num_samples is {value}; expected at least 1.")
     if name in ("dataset", "quantization_statistics_path", "cache_dir", "variant") and not value:
-        raise ConfigError(f"{name} is empty; expected text, or None for none.")
+        raise ConfigError(f"{name} is empty; expected text, or None to leave it out.")
 
 
 def _check_together(flags: Flags) -> None:
@@ -206,7 +194,7 @@ def _check_together(flags: Flags) -> None:
     if mode is None and weights is None:
         raise ConfigError("weight_format is None; expected one of " + ", ".join(FLAGS["weight_format"].choices) + ".")
     if mode is not None and weights is not None:
-        raise ConfigError(f"weight_format {weights!r} and quant_mode {mode!r} exclude each other; give one of them.")
+        raise ConfigError(f"weight_format {weights!r} and quant_mode {mode!r} exclude each other; pass one of them.")
     if mode is not None and "dataset" not in flags:
         raise ConfigError(f"quant_mode {mode!r} needs a dataset to calibrate with, such as dataset='wikitext2'.")
     ignored = _without_effect(mode, weights) & flags.keys()
@@ -229,11 +217,11 @@ def _check_together(flags: Flags) -> None:
             "awq, scale_estimation, gptq or lora_correction."
         )
     if weights == "mxfp4" and flags.get("group_size", 32) != 32:
-        raise ConfigError(f"group_size is {flags['group_size']}; expected 32, the only one that mxfp4 has.")
+        raise ConfigError(f"group_size is {flags['group_size']}; expected 32, the only size for mxfp4.")
 
 
 def _without_effect(mode: str | None, weights: str | None) -> frozenset[str]:
-    """Flags that optimum-cli takes and ignores with a quantisation mode or weight format (its `prepare_wc_config`)."""
+    """Flags that optimum-cli accepts but ignores with a mode or a format (see its function `prepare_wc_config`)."""
     if mode in _MIXED_MODES:
         return frozenset()
     if mode is not None:

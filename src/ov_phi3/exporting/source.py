@@ -1,4 +1,4 @@
-"""What is to be exported: a directory with a Hugging Face model, or a name on the hub, checked before time is spent."""
+"""The source of an export: a directory with a Hugging Face model, or a name on the hub. Checked before any work."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checked source.
+    """A source that was checked.
 
     Attributes:
-        name: what optimum-cli gets: an absolute path, or the name on the hub.
-        local: whether it is a directory.
-        config: its `config.json`, None while that is unknown.
-        weight_bytes: size of its weights, None while unknown.
-        parameters: number of weights, None while unknown.
+        name: the argument for optimum-cli: an absolute path, or the name on the hub.
+        local: whether the source is a directory.
+        config: its `config.json`; None for a name on the hub, until the file is downloaded.
+        weight_bytes: size of the weights in bytes; None for a name on the hub.
+        parameters: number of weights; None for a name on the hub.
         revision: commit on the hub, or None.
     """
 
@@ -48,11 +48,11 @@ class Source:
 
 
 def find_source(source: str | os.PathLike[str]) -> Source:
-    """Tell a directory from a hub name, and check a directory.
+    """Decide whether a source is a directory or a name on the hub, and check a directory.
 
     Raises:
-        ModelError: neither, or a directory that cannot be exported.
-        TypeError: not a path or a string.
+        ModelError: it is neither, or the directory cannot be exported.
+        TypeError: it is not a path or a string.
     """
     path = expanded(source)
     if path.exists():
@@ -69,8 +69,8 @@ def local_source(path: Path) -> Source:
     """Check a directory with a Hugging Face model.
 
     Raises:
-        ModelError: not a directory, no `config.json`, another architecture, no weights, shards missing or cut off, or
-            no tokenizer.
+        ModelError: it is no directory, has no `config.json`, weights or tokenizer, has missing or cut off shards, or is
+            of another architecture.
     """
     if not path.is_dir():
         raise ModelError(f"{path} is a file; expected the directory that holds the model, {path.parent}.")
@@ -80,7 +80,7 @@ def local_source(path: Path) -> Source:
     config = Phi3Config.read(path / "config.json")
     if not has_weights(names):
         if "openvino_model.xml" in names:
-            raise ModelError(f"{path} is exported already; load it as it is, or export from the original model.")
+            raise ModelError(f"{path} is exported already; load it, or export from the original model.")
         raise ModelError(f"{path} has no weights; expected *.safetensors (or pytorch_model*.bin) beside config.json.")
     if not any(name in names for name in _TOKENIZERS):
         raise ModelError(f"{path} has no tokenizer; expected tokenizer.json or tokenizer.model beside config.json.")
@@ -89,7 +89,7 @@ def local_source(path: Path) -> Source:
 
 
 def _check_weights(path: Path, names: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes and number of the weights, after seeing that no shard is missing or cut off."""
+    """Size in bytes and number of the weights, after checking that no shard is missing or cut off."""
     shards = sorted(name for name in names if name.endswith(".safetensors"))
     if "model.safetensors.index.json" in names:
         file = read_json(path / "model.safetensors.index.json")
@@ -107,7 +107,7 @@ def _check_weights(path: Path, names: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _read_shard(file: Path, size: int) -> int:
-    """The number of values in a safetensors file: 8 bytes of header length, a JSON header, the values."""
+    """Number of values in a safetensors file: 8 bytes with the header's length, a JSON header, the values."""
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
@@ -132,16 +132,16 @@ def _read_shard(file: Path, size: int) -> int:
 
 
 def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> str | None:
-    """Hold the disk and the memory that an export needs against what is there.
+    """Check that there is enough disk and memory for an export.
 
     Disk: the model in the source's precision, which optimum-cli writes before it quantises, and the result. Memory: 1.5
-    times the source's weights (measured: 11 GB for 7.6 GB of Phi-3-mini).
+    times the source's weights (measured: 11 GB for 7.6 GB of Phi-3-mini); swap counts.
 
     Returns:
-        a warning if the free memory may not be enough, or None.
+        A warning if the free memory may be too small, or None.
 
     Raises:
-        ExportError: the disk has not enough room, or the machine not enough memory at all.
+        ExportError: the free disk space or the total memory is too small.
     """
     if source.weight_bytes is None or source.parameters is None:
         return None
@@ -160,7 +160,7 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
     if total is not None and total < needed:
         raise ExportError(
             f"This machine has {total / _GIB:.1f} GiB of memory; the export needs about {needed / _GIB:.1f} GiB. "
-            "Export on a larger machine and copy the result, or use a model that is exported already."
+            "Export on a larger machine and copy the result, or use an exported model."
         )
     if available is not None and available < needed:
         return (
@@ -171,6 +171,6 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
 
 
 def hub_revision(snapshot: Path) -> str | None:
-    """The commit in a path of the hub's cache, `.../snapshots/<commit>/config.json`."""
+    """The commit in a path of the hub's cache, `.../snapshots/<commit>/config.json`; None for another path."""
     parent = snapshot.parent
     return parent.name if parent.parent.name == "snapshots" else None

@@ -1,4 +1,4 @@
-"""Whether an exported model really loads. Runs in a subprocess of its own, with the run-time packages only."""
+"""Loads an exported model as a check. Runs in a subprocess of its own, with the run-time packages only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 __all__ = ["RESULT", "main", "verify"]
 
 RESULT = "ov_phi3-verified: "
-"""What the line begins with that holds the checks made, as a JSON list."""
+"""Start of the output line that holds the passed checks, as a JSON list."""
 
 _SAMPLE = "Hello, world"
 _INFER_BELOW = 2**30
 
 
 def verify(directory: Path) -> list[str]:
-    """Read the graph, run the tokenizer both ways and, up to 1 GiB of weights, run one inference on the CPU.
+    """Read the graph, encode and decode a text and, for up to 1 GiB of weights, run one inference on the CPU.
 
     Returns:
-        the checks made: "read_model", "tokenizer", "inference".
+        The passed checks: "read_model", "tokenizer", "inference".
 
     Raises:
-        RuntimeError: something does not load, or gives nothing usable.
+        RuntimeError: a part does not load, or its result is wrong.
     """
     import numpy as np
 
@@ -33,7 +33,7 @@ def verify(directory: Path) -> list[str]:
     tokenizer = import_genai().Tokenizer(str(directory))
     ids = tokenizer.encode(_SAMPLE).input_ids.data
     if ids.size == 0 or not tokenizer.decode(ids[0].tolist()).strip():
-        raise RuntimeError(f"the tokenizer turns {_SAMPLE!r} into {ids.tolist()}, and that into nothing")
+        raise RuntimeError(f"the tokenizer encodes {_SAMPLE!r} as {ids.tolist()}, and decodes that to an empty text")
     checks = ["read_model", "tokenizer"]
     if (directory / "openvino_model.bin").stat().st_size > _INFER_BELOW:
         return checks
@@ -49,11 +49,11 @@ def verify(directory: Path) -> list[str]:
     vocabulary = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if logits.shape[-1] != vocabulary or not np.isfinite(logits).all():
         raise RuntimeError(
-            f"an inference gave logits of shape {logits.shape}, or not finite; expected {vocabulary} each"
+            f"an inference gave logits of shape {logits.shape}, or infinite ones; expected {vocabulary} per token"
         )
     return [*checks, "inference"]
 
 
 def main() -> None:
-    """Verify the directory named by the first argument, and print the checks made."""
+    """Verify the directory named by the first argument, and print the passed checks."""
     print(RESULT + json.dumps(verify(Path(sys.argv[1]))), flush=True)  # noqa: T201 - read by the parent

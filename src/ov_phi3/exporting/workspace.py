@@ -1,4 +1,4 @@
-"""The temporary directory beside an export's output, and the step that turns it into the output."""
+"""The temporary directory of an export, beside the output, and its rename to the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO
 
 from ov_phi3.errors import ExportError
-from ov_phi3.files import expanded
+from ov_phi3.files import expanded, lock_file
 from ov_phi3.model.files import UNFINISHED
 
 __all__ = ["Workspace", "check_output"]
@@ -22,12 +22,12 @@ _GRACE_S = 60.0
 
 
 def check_output(output: str | os.PathLike[str], source: Path | None, *, overwrite: bool) -> Path:
-    """The absolute output path, if an export may write there.
+    """The absolute path of the output, after checking that an export may write there.
 
     Raises:
-        ExportError: it is a file, holds something already and `overwrite` is off, holds something that is not a model,
-            or lies around the source or the current directory.
-        TypeError: not a path.
+        ExportError: the output is a file; is not empty and `overwrite` is off; is not empty and holds no model; or
+            contains the source or the current directory.
+        TypeError: `output` is not a path.
     """
     target = Path(os.path.abspath(expanded(output)))  # noqa: PTH100 - the link itself is the output
     if target.is_symlink():
@@ -35,36 +35,36 @@ def check_output(output: str | os.PathLike[str], source: Path | None, *, overwri
     try:
         if target.exists() and not target.is_dir():
             raise ExportError(f"{target} is a file; expected a directory to export into.")
-        inside = sorted(os.listdir(target)) if target.exists() else []  # noqa: PTH208 - names only
-        around_us = Path.cwd().is_relative_to(target)
+        names = sorted(os.listdir(target)) if target.exists() else []  # noqa: PTH208 - names only
+        contains_cwd = Path.cwd().is_relative_to(target)
     except OSError as error:
         raise ExportError(f"{target} cannot be read: {error.strerror or error}.") from error
     if source is not None and source.is_relative_to(target):
         raise ExportError(f"The output {target} is, or contains, the source {source}; choose another directory.")
-    if around_us:
+    if contains_cwd:
         raise ExportError(f"The output {target} is, or contains, the current directory; choose another directory.")
-    if inside and not overwrite:
+    if names and not overwrite:
         raise ExportError(f"{target} is not empty; pass overwrite=True (--overwrite) to replace it, or choose another.")
-    if inside and not any(name in inside for name in _MODEL_FILES):
+    if names and not any(name in names for name in _MODEL_FILES):
         raise ExportError(
-            f"{target} holds no model, but {inside[0]!r}; it is not overwritten. Choose another directory."
+            f"{target} holds no model, but {names[0]!r}; it is not overwritten. Choose another directory."
         )
     return target
 
 
 class Workspace:
-    """A hidden sibling of the output that a `with` block fills and `install` renames to the output.
+    """A hidden directory beside the output. A `with` block fills it, and `install` renames it to the output.
 
-    It is locked while its process lives, so that the next export to the same output can tell an abandoned one, which it
-    removes, from a running one, which it leaves alone.
+    It is locked while its process lives. The next export to the same output removes an abandoned workspace, and
+    refuses to start if there is a locked one.
 
     Attributes:
         root: the directory.
-        model: where the exported files go; a marker in it keeps it from being taken for a model.
+        model: the directory for the exported files; a marker file in it says that it is unfinished.
         scratch: the temporary directory of the subprocesses.
 
     Raises:
-        ExportError: it cannot be made, or another export to the same output is running.
+        ExportError: the directory cannot be created, or another export to the same output is running.
     """
 
     def __init__(self, target: Path) -> None:
@@ -78,13 +78,13 @@ class Workspace:
             self.root = target.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
             self.model, self.scratch = self.root / "model", self.root / "scratch"
             self.root.mkdir()
-            self._lock = _locked(self.root / "lock")
+            self._lock = lock_file(self.root / "lock")
             self.model.mkdir()
             (self.model / UNFINISHED).touch()
             self.scratch.mkdir()
         except OSError as error:
             raise ExportError(
-                f"{error.filename or target.parent} cannot be made: {error.strerror or error}."
+                f"{error.filename or target.parent} cannot be created: {error.strerror or error}."
             ) from error
 
     def __enter__(self) -> Workspace:
@@ -94,14 +94,14 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            self._lock.close()  # first: Windows removes no open file
+            self._lock.close()  # first, because Windows does not remove open files
         shutil.rmtree(self.root, ignore_errors=True)
 
     def install(self) -> None:
-        """Put the finished model in the output's place.
+        """Rename the finished model to the output.
 
         Raises:
-            ExportError: it cannot be renamed; what was there before is back in its place.
+            ExportError: it cannot be renamed; an old model in the output is unchanged.
         """
         replaced = self.root / "replaced"
         try:
@@ -127,25 +127,7 @@ def _remove_abandoned(other: Path, target: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
         return
     try:
-        _locked(lock).close()
+        lock_file(lock).close()
     except OSError:
         raise ExportError(f"Another export to {target} is running; wait for it, or choose another output.") from None
     shutil.rmtree(other, ignore_errors=True)
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """An open file that no other process can lock until it is closed, or this process ends."""
-    file = path.open("ab")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
