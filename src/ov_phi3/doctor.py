@@ -1,7 +1,7 @@
-"""What works and what is missing on this machine, from the packages to the first tokens of a model.
+"""Checks of this machine, from the installed packages to the first tokens of a model.
 
-`diagnose` asks and never raises; it prints nothing. Each answer is a `Check` with what was found and, where something
-is wrong, what to do. Everything it asks goes through arguments, so that every branch runs in a test.
+`diagnose` never raises and prints nothing. Each result is a `Check` with a finding and, for a problem, a fix. All
+information comes through `Sources`, so that a test can reach every branch.
 """
 
 from __future__ import annotations
@@ -38,23 +38,26 @@ __all__ = [
 ]
 
 Status = Literal["ok", "warning", "error", "skipped"]
+
 CANARY_PROMPT = "What is the capital of France?"
+"""A fixed prompt; the greedy reply to it shows whether a device computes correctly."""
+
 CANARY_TOKENS = 8
 _GIB = 1024**3
 _WEIGHTS = "openvino_model.bin"
-_REINSTALL = "pip install --upgrade --force-reinstall ov-phi3"
+_REINSTALL = f"pip install --upgrade --force-reinstall {' '.join(versions.OPENVINO_PACKAGES)}"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of a check.
 
     Attributes:
-        name: what, in one to three words: "packages", "opencl loader", "canary".
-        status: "ok", "warning" (works, but), "error" (does not work) or "skipped" (not asked, or not possible here).
-        detail: what was found.
-        fix: what to do, or '' when there is nothing to do.
-
+        name: one to three words: "packages", "opencl loader", "canary".
+        status: "ok", "warning" (it works with a limitation), "error" (it does not work) or "skipped" (not requested, or
+            not possible here).
+        detail: the finding.
+        fix: how to fix the problem, or '' without a problem.
     """
 
     name: str
@@ -64,24 +67,24 @@ class Check:
 
 
 def worst(checks: Iterable[Check]) -> Status:
-    """The gravest status among the checks: "error", else "warning", else "ok". Skipped checks do not count."""
-    found = {check.status for check in checks}
-    return "error" if "error" in found else "warning" if "warning" in found else "ok"
+    """The most severe status of the checks: "error", else "warning", else "ok". Skipped checks do not count."""
+    statuses = {check.status for check in checks}
+    return "error" if "error" in statuses else "warning" if "warning" in statuses else "ok"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the answers come from; each has a default and each can be replaced in a test.
+    """The sources of information for the checks, which a test can replace.
 
     Attributes:
-        probe: the machine.
+        probe: questions about the machine.
         devices: lists the devices.
-        versions: installed version by package name; raises `Error` when the three do not fit together.
-        inspect: reads a model directory, as `ModelInfo.from_dir`.
-        canary: (model directory, device name, times) -> greedy token ids of each time, from one loaded pipeline.
+        versions: returns the installed version by package name; raises `Error` if the OpenVINO packages do not match.
+        inspect: reads a model directory, as `ModelInfo.from_dir` does.
+        canary: (model directory, device name, repeat) -> the greedy token ids of each repetition, from one loaded
+            pipeline.
         environ: environment variables.
         home: the user's home folder.
-
     """
 
     probe: Probe
@@ -94,7 +97,7 @@ class Sources:
 
 
 def default_sources() -> Sources:
-    """The real machine, the installed packages and the public API."""
+    """This machine, the installed packages and the public API."""
     return Sources(Probe(), list_devices, _installed_versions, _inspect, greedy_ids, os.environ, Path.home())
 
 
@@ -104,19 +107,17 @@ def diagnose(
     canary: bool | None = None,
     sources: Sources | None = None,
 ) -> list[Check]:
-    """Look at everything, from the bottom up, and say what was found.
+    """Run all checks. Never raises: a check that fails to run is an "error" itself.
 
     Args:
-        model_dir: an exported model to look at and to try; without it those checks are "skipped".
-        device: the device that is meant to work; a GPU named here must be there, with "AUTO" it may be missing.
-        canary: whether to load the model and generate `CANARY_TOKENS` tokens twice; by default when there is a model
-            and nothing before was an "error". Costs a load, on a GPU one on the CPU too.
-        sources: where the answers come from.
+        model_dir: an exported model to check and to run; without it these checks are "skipped".
+        device: the device that has to work. A GPU named here has to exist; with "AUTO" it may be missing.
+        canary: whether to load the model and generate `CANARY_TOKENS` tokens twice. By default this is done if there is
+            a model and no error before. It takes one load, and for a GPU a second one on the CPU.
+        sources: the sources of information.
 
     Returns:
-        The checks in the order in which things depend on each other. Never raises: a check that fails to run is an
-        "error" itself.
-
+        The checks, each after those that it depends on.
     """
     sources = sources or default_sources()
     path = None if model_dir is None else Path(model_dir)
@@ -125,47 +126,48 @@ def diagnose(
         *_guard("packages", lambda: [_packages(sources)]),
         *_guard("telemetry", lambda: [_telemetry(sources)]),
     ]
-    found: list[DeviceInfo] = []
+    present: list[DeviceInfo] = []
     chosen: list[DeviceInfo] = []
-    checks += _guard("devices", lambda: _devices(sources, found))
-    checks += _guard("gpu", lambda: _gpu_stack(sources.probe, device, found))
-    checks += _guard("device", lambda: _device(sources, device, found, chosen))
+    checks += _guard("devices", lambda: _devices(sources, present))
+    checks += _guard("gpu", lambda: _gpu_stack(sources.probe, device, present))
+    checks += _guard("device", lambda: _device(sources, device, present, chosen))
     checks += _guard("memory", lambda: [_memory(sources.probe, path, chosen)])
     checks += _guard("model", lambda: _model(sources, path))
-    wanted = canary if canary is not None else worst(checks) != "error"
-    checks += _guard("canary", lambda: [_canary(sources, path, chosen, wanted=wanted)])
+    run_canary = canary if canary is not None else worst(checks) != "error"
+    checks += _guard("canary", lambda: [_canary(sources, path, chosen, run=run_canary)])
     return checks
 
 
 def _guard(name: str, run: Callable[[], Iterable[Check]]) -> list[Check]:
+    """The checks that `run` returns, and its exception as a check."""
     checks: list[Check] = []
     try:
         checks.extend(run())
     except Error as error:
-        checks.append(Check(name, "error", str(error), "as the message says"))
-    except Exception as error:  # noqa: BLE001 - a doctor that dies of what it finds helps nobody
+        checks.append(Check(name, "error", str(error), "see the message"))
+    except Exception as error:  # noqa: BLE001 - the other checks still have to run
         detail = f"the check itself failed: {type(error).__name__}: {error}"
         checks.append(Check(name, "error", detail, "please report this"))
     return checks
 
 
 def _python() -> Check:
-    found = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    detail = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
     if sys.maxsize < 2**32:
-        return Check("python", "error", f"{found}, 32 bit", "use a 64-bit Python")
-    return Check("python", "ok", found)
+        return Check("python", "error", f"{detail}, 32 bit", "use a 64-bit Python")
+    return Check("python", "ok", detail)
 
 
 def _packages(sources: Sources) -> Check:
     try:
-        versions = sources.versions()
+        installed = sources.versions()
     except Error as error:
         return Check("packages", "error", str(error), _REINSTALL)
-    return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def _telemetry(sources: Sources) -> Check:
-    # openvino_telemetry: no file means consent, "0" in it means none, CI=true sends nothing.
+    # openvino_telemetry takes a missing file, or "1" in it, as consent, and sends nothing if CI=true is set.
     windows = sources.probe.platform == "win32"
     base = Path(sources.environ.get("LOCALAPPDATA", "")) / "Intel Corporation" if windows else sources.home / "intel"
     file = base / "openvino_telemetry"
@@ -174,21 +176,22 @@ def _telemetry(sources: Sources) -> Check:
     if sources.environ.get("CI", "").lower() == "true":
         return Check("telemetry", "ok", "off: CI=true is set")
     if file.is_file() and file.read_text(encoding="utf-8", errors="replace").strip() != "1":
-        return Check("telemetry", "ok", f"off: {file} says so")
+        return Check("telemetry", "ok", f"off: turned off in {file}")
     return Check("telemetry", "ok", "on: importing openvino sends a usage event to Intel", "opt_in_out --opt_out")
 
 
-def _devices(sources: Sources, found: list[DeviceInfo]) -> Iterator[Check]:
+def _devices(sources: Sources, present: list[DeviceInfo]) -> Iterator[Check]:
+    """Checks of OpenVINO and its devices, which it adds to `present`."""
     try:
-        found += sources.devices()
+        present += sources.devices()
     except Error as error:
         yield Check("openvino", "error", str(error), _REINSTALL)
         return
     yield Check("openvino", "ok", "imports and lists its devices")
-    if not found:
-        yield Check("devices", "error", "OpenVINO sees no device, not even a CPU", _REINSTALL)
+    if not present:
+        yield Check("devices", "error", "OpenVINO lists no device, not even a CPU", _REINSTALL)
         return
-    yield Check("devices", "ok", "; ".join(_describe(info) for info in found))
+    yield Check("devices", "ok", "; ".join(_describe(info) for info in present))
 
 
 def _describe(info: DeviceInfo) -> str:
@@ -202,17 +205,17 @@ def _describe(info: DeviceInfo) -> str:
     return ", ".join(parts)
 
 
-def _gpu_stack(probe: Probe, device: str, found: Sequence[DeviceInfo]) -> Iterator[Check]:
-    """The parts between OpenVINO and an Intel GPU; each an error only when a GPU was asked for by name."""
-    asked = device.strip().upper().startswith("GPU")
+def _gpu_stack(probe: Probe, device: str, present: Sequence[DeviceInfo]) -> Iterator[Check]:
+    """Checks of the parts between OpenVINO and an Intel GPU; a missing part is an error only if a GPU was named."""
+    named = device.strip().upper().startswith("GPU")
     obstacles = {obstacle.layer: obstacle for obstacle in gpu_obstacles(probe)}
     if "platform" in obstacles:
-        yield _layer("gpu", obstacles["platform"], "error" if asked else "skipped")
+        yield _layer("gpu", obstacles["platform"], "error" if named else "skipped")
         return
-    present = probe.platform == "win32" or "node" not in obstacles
-    missing: Status = "error" if asked else "warning" if present else "skipped"
-    if any(info.kind == "GPU" for info in found):
-        missing = "warning"  # it works in spite of what we did not find
+    has_gpu = probe.platform == "win32" or "node" not in obstacles
+    missing: Status = "error" if named else "warning" if has_gpu else "skipped"
+    if any(info.kind == "GPU" for info in present):
+        missing = "warning"  # OpenVINO lists a GPU although this check misses a part
     yield _layer("opencl loader", obstacles.get("loader"), missing, "loads")
     if probe.platform != "win32":
         vendors = ", ".join(path.name for path in probe.intel_opencl_vendors())
@@ -220,41 +223,39 @@ def _gpu_stack(probe: Probe, device: str, found: Sequence[DeviceInfo]) -> Iterat
         yield _layer("render node", obstacles.get("node"), missing, _nodes(probe))
         if "node" not in obstacles:
             yield _layer("gpu permission", obstacles.get("permission"), missing, "this user may open the render node")
-    for info in found:
+    for info in present:
         if info.kind == "GPU" and info.driver is None:
-            yield Check("gpu driver", "warning", f"{info} does not tell its driver's version", "update the GPU driver")
+            yield Check("gpu driver", "warning", f"{info} does not report its driver version", "update the GPU driver")
 
 
-def _layer(name: str, obstacle: Obstacle | None, missing: Status, good: str = "") -> Check:
-    return Check(name, missing, obstacle.problem, obstacle.fix) if obstacle else Check(name, "ok", good)
+def _layer(name: str, obstacle: Obstacle | None, missing: Status, detail: str = "") -> Check:
+    return Check(name, missing, obstacle.problem, obstacle.fix) if obstacle else Check(name, "ok", detail)
 
 
 def _nodes(probe: Probe) -> str:
-    told = ((node, probe.kernel_module(node)) for node in probe.render_nodes() if probe.is_intel(node))
-    return ", ".join(f"{node.name} ({module})" if module else node.name for node, module in told)
+    nodes = [(node.name, probe.kernel_module(node)) for node in probe.render_nodes() if probe.is_intel(node)]
+    return ", ".join(f"{name} ({module})" if module else name for name, module in nodes)
 
 
-def _device(sources: Sources, device: str, found: list[DeviceInfo], chosen: list[DeviceInfo]) -> Iterator[Check]:
-    if not found:
+def _device(sources: Sources, device: str, present: list[DeviceInfo], chosen: list[DeviceInfo]) -> Iterator[Check]:
+    """The check of the named device, which it adds to `chosen`."""
+    if not present:
         yield Check("device", "skipped", "there is no device to choose from")
         return
     try:
-        chosen.append(resolve(device, found, sources.probe))
+        chosen.append(resolve(device, present, sources.probe))
     except Error as error:
-        detail = str(error).removesuffix(SEE_DOCTOR)
-        yield Check(
-            "device", "error", detail, "choose one of the devices that are there, or mend what is missing above"
-        )
+        fix = "choose one of the devices above, or fix the missing parts above"
+        yield Check("device", "error", str(error).removesuffix(SEE_DOCTOR), fix)
         return
-    better = hint(chosen[0], found)
-    detail = f"{device} is {_describe(chosen[0])}"
-    yield Check("device", "warning" if better else "ok", detail, better)
+    advice = hint(chosen[0], present)
+    yield Check("device", "warning" if advice else "ok", f"{device} is {_describe(chosen[0])}", advice)
 
 
 def _memory(probe: Probe, model_dir: Path | None, chosen: Sequence[DeviceInfo]) -> Check:
     memory = machine_memory(probe.root, probe.platform)
     if memory is None:
-        return Check("memory", "skipped", "this system does not tell how much memory it has")
+        return Check("memory", "skipped", "this system does not report its memory")
     detail = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
     size = _size(model_dir)
     if not size:
@@ -268,7 +269,9 @@ def _memory(probe: Probe, model_dir: Path | None, chosen: Sequence[DeviceInfo]) 
         fix = f"the weights do not fit into the {where}: use a smaller export (int4) or close other programs"
         return Check("memory", "error", detail, fix)
     if room < 2 * size:
-        fix = f"loading may take twice the weights, which the {where} may not hold: use int4, or close other programs"
+        fix = (
+            f"loading may take twice the weights, which may not fit into the {where}: use int4, or close other programs"
+        )
         return Check("memory", "warning", detail, fix)
     return Check("memory", "ok", detail)
 
@@ -282,7 +285,7 @@ def _model(sources: Sources, model_dir: Path | None) -> Iterator[Check]:
     if model_dir is None:
         yield Check("model", "skipped", "no model directory was given")
         return
-    info = sources.inspect(model_dir)  # a ModelError says what is missing, and becomes the check
+    info = sources.inspect(model_dir)  # _guard turns a ModelError into a check
     exporter = ", ".join(f"{name} {version}" for name, version in dict(info.exporter_versions).items()) or "unknown"
     detail = f"{info.family}, {info.quantization}, context {info.context_length} tokens, exported by {exporter}"
     yield Check("model", "ok", detail)
@@ -290,50 +293,57 @@ def _model(sources: Sources, model_dir: Path | None) -> Iterator[Check]:
         yield Check("model", "warning", str(warning))
 
 
-def _canary(sources: Sources, model_dir: Path | None, chosen: Sequence[DeviceInfo], *, wanted: bool) -> Check:
-    if model_dir is None or not chosen or not wanted:
-        wish = (
-            "there is no device to run on" if not chosen else "it was not asked for, or there are errors to mend first"
-        )
-        return Check("canary", "skipped", "no model directory was given" if model_dir is None else f"not run: {wish}")
+def _canary(sources: Sources, model_dir: Path | None, chosen: Sequence[DeviceInfo], *, run: bool) -> Check:
+    if model_dir is None:
+        return Check("canary", "skipped", "no model directory was given")
+    if not chosen:
+        return Check("canary", "skipped", "not run: there is no device to run on")
+    if not run:
+        return Check("canary", "skipped", "not run: it was not requested, or there are errors to fix first")
     name = chosen[0].name
     first, second = (list(ids) for ids in sources.canary(model_dir, name, 2))
     if not first:
-        return Check("canary", "error", f"{name} gave no token for {CANARY_PROMPT!r}", "export the model again")
+        return Check("canary", "error", f"{name} generated no token for {CANARY_PROMPT!r}", "export the model again")
     if first != second:
-        detail = f"{name} gave {first}, then {second} for the same prompt; greedy decoding must repeat"
-        return Check("canary", "error", detail, "update the driver and OpenVINO; a compile cache: delete it")
+        detail = f"{name} generated {first}, then {second} for the same prompt; greedy decoding must repeat"
+        return Check(
+            "canary", "error", detail, "update the driver and OpenVINO, and delete the compile cache if there is one"
+        )
     if chosen[0].kind == "CPU":
-        return Check("canary", "ok", f"{name} gave the same {len(first)} tokens twice")
+        return Check("canary", "ok", f"{name} generated the same {len(first)} tokens twice")
     return _against_cpu(name, first, list(sources.canary(model_dir, "CPU", 1)[0]))
 
 
 def _against_cpu(name: str, ids: list[int], cpu: list[int]) -> Check:
-    same = next((at for at, (a, b) in enumerate(zip(ids, cpu, strict=False)) if a != b), min(len(ids), len(cpu)))
+    pairs = enumerate(zip(ids, cpu, strict=False))
+    same = next((index for index, (id_, cpu_id) in pairs if id_ != cpu_id), min(len(ids), len(cpu)))
     if same == 0:
-        detail = f"{name} gave {ids}, the CPU {cpu}: not even the first token agrees"
+        detail = f"{name} generated {ids}, the CPU {cpu}: not even the first token agrees"
         fix = (
-            "the device computes something else: update its driver, delete a compile cache, and try "
+            "the device computes wrong results: update its driver, delete the compile cache, and try "
             "ov_config={'INFERENCE_PRECISION_HINT': 'f32'}"
         )
         return Check("canary", "error", detail, fix)
-    detail = f"{name} gave the same {len(ids)} tokens twice, and the first {same} of them are the CPU's"
+    detail = f"{name} generated the same {len(ids)} tokens twice, and the first {same} of them are the CPU's"
     if same < len(ids):
         detail += "; a later difference is usually rounding (f16 on the device), not a fault"
     return Check("canary", "ok", detail)
 
 
-def greedy_ids(model_dir: Path, device: str, times: int) -> list[list[int]]:
-    """Greedy ids of the canary prompt, `times` times from one pipeline, through the public API."""
+def greedy_ids(model_dir: Path, device: str, repeat: int) -> list[list[int]]:
+    """The greedy ids for the canary prompt, generated `repeat` times by one pipeline through the public API."""
     from ov_phi3.loading import load
 
-    greedy = {"do_sample": False, "ignore_eos": True}
     with load(model_dir, device=device) as pipe:
-        results = [pipe.generate(CANARY_PROMPT, max_new_tokens=CANARY_TOKENS, **greedy) for _ in range(times)]
-    return [[int(token) for token in result.token_ids] for result in results]
+        results = [
+            pipe.generate(CANARY_PROMPT, max_new_tokens=CANARY_TOKENS, do_sample=False, ignore_eos=True)
+            for _ in range(repeat)
+        ]
+    return [[int(id_) for id_ in result.token_ids] for result in results]
 
 
 def _installed_versions() -> Mapping[str, str | None]:
+    """The installed versions; raises `Error` if the OpenVINO packages do not match."""
     versions.check()
     return versions.installed()
 

@@ -1,4 +1,4 @@
-"""Every check of the doctor, sound and failing, on machines made up for it and on this one."""
+"""Every check of the doctor, passing and failing, on fake machines and on this one."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def sources(probe: Probe, seen: Sequence[DeviceInfo] = (CPU,), **changes: Any) -
 
 
 def named(checks: list[Check], name: str) -> Check:
-    found = [check for check in checks if check.name == name]
-    assert len(found) == 1, f"{name}: {checks}"
-    return found[0]
+    matches = [check for check in checks if check.name == name]
+    assert len(matches) == 1, f"{name}: {checks}"
+    return matches[0]
 
 
 def model(tmp_path: Path, size: int = 1000) -> Path:
@@ -83,7 +83,7 @@ def root(tmp_path: Path) -> Path:
     return path
 
 
-def test_worst() -> None:
+def test_the_most_severe_status() -> None:
     def of(*statuses: Any) -> str:
         return worst(Check("x", status, "") for status in statuses)
 
@@ -93,7 +93,7 @@ def test_worst() -> None:
     assert of("warning", "error", "ok") == "error"
 
 
-def test_a_sound_machine_with_a_discrete_gpu(root: Path, tmp_path: Path) -> None:
+def test_all_checks_pass_on_a_machine_with_a_discrete_gpu(root: Path, tmp_path: Path) -> None:
     checks = diagnose(model(tmp_path), sources=sources(machine(root), [CPU, DGPU]))
     assert {check.status for check in checks} == {"ok"}, checks
     names = [check.name for check in checks]
@@ -116,7 +116,7 @@ def test_a_sound_machine_with_a_discrete_gpu(root: Path, tmp_path: Path) -> None
     assert "first 8 of them are the CPU's" in named(checks, "canary").detail
 
 
-def test_a_machine_without_a_gpu_is_sound_too_unless_a_gpu_is_asked_for(root: Path) -> None:
+def test_a_machine_without_a_gpu_passes_unless_a_gpu_is_named(root: Path) -> None:
     probe = dataclasses.replace(machine(root, gpu=False), load_library=no_loader)
     checks = diagnose(sources=sources(probe))
     assert worst(checks) == "ok"
@@ -144,7 +144,7 @@ def test_a_machine_without_a_gpu_is_sound_too_unless_a_gpu_is_asked_for(root: Pa
         ("gpu permission", "usermod -aG"),
     ],
 )
-def test_each_part_of_the_gpu_stack_missing(root: Path, device: str, status: str, part: str, fix: str) -> None:
+def test_a_missing_part_of_the_gpu_stack(root: Path, device: str, status: str, part: str, fix: str) -> None:
     probe = machine(root)
     if part == "opencl loader":
         probe = dataclasses.replace(probe, load_library=no_loader)
@@ -157,7 +157,7 @@ def test_each_part_of_the_gpu_stack_missing(root: Path, device: str, status: str
     assert fix in check.fix
 
 
-def test_a_gpu_that_works_in_spite_of_a_missing_part_is_no_error(root: Path) -> None:
+def test_a_missing_part_is_no_error_if_openvino_lists_a_gpu(root: Path) -> None:
     probe = dataclasses.replace(machine(root), load_library=no_loader)
     checks = diagnose(device="GPU.0", sources=sources(probe, [CPU, IGPU]))
     assert named(checks, "opencl loader").status == "warning"
@@ -174,18 +174,18 @@ def test_windows_and_macos(root: Path) -> None:
     assert named(checks, "memory").status == "skipped"
 
 
-def test_an_integrated_gpu_beside_a_discrete_one_is_a_warning_with_the_better_name(root: Path) -> None:
+def test_an_integrated_gpu_beside_a_discrete_one_is_a_warning_that_names_the_other(root: Path) -> None:
     check = named(diagnose(device="GPU.0", sources=sources(machine(root), [CPU, IGPU, DGPU])), "device")
     assert check.status == "warning"
     assert "device='GPU.1'" in check.fix
 
 
 def test_a_gpu_without_a_driver_version(root: Path) -> None:
-    silent = dataclasses.replace(DGPU, driver=None)
-    assert named(diagnose(sources=sources(machine(root), [CPU, silent])), "gpu driver").status == "warning"
+    gpu = dataclasses.replace(DGPU, driver=None)
+    assert named(diagnose(sources=sources(machine(root), [CPU, gpu])), "gpu driver").status == "warning"
 
 
-def test_packages_that_do_not_fit(root: Path) -> None:
+def test_packages_that_do_not_match(root: Path) -> None:
     error = DeviceError("openvino 2026.4.1, openvino-genai 2025.3.0: of different releases")
     check = named(diagnose(sources=sources(machine(root), versions=raising(error))), "packages")
     assert check.status == "error"
@@ -193,7 +193,7 @@ def test_packages_that_do_not_fit(root: Path) -> None:
     assert "pip install" in check.fix
 
 
-def test_openvino_that_does_not_import_and_no_device_at_all(root: Path) -> None:
+def test_openvino_cannot_be_imported_or_lists_no_device(root: Path) -> None:
     checks = diagnose(sources=sources(machine(root), devices=raising(DeviceError("openvino cannot be imported"))))
     assert named(checks, "openvino").status == "error"
     assert named(checks, "device").status == "skipped"
@@ -207,19 +207,19 @@ def root_of(root: Path) -> Path:
     return other
 
 
-def test_a_check_that_dies_becomes_an_error_and_the_rest_goes_on(root: Path) -> None:
+def test_a_check_that_raises_is_an_error_and_the_others_run(root: Path) -> None:
     checks = diagnose(sources=sources(machine(root), versions=raising(KeyError("x"))))
     assert "KeyError" in named(checks, "packages").detail
     assert named(checks, "device").status == "ok"
 
 
 @pytest.mark.parametrize("device", ["GPU0", "HETERO:GPU,CPU"])
-def test_a_device_name_that_is_none(root: Path, device: str) -> None:
+def test_a_wrong_device_name(root: Path, device: str) -> None:
     assert "Accepted" in named(diagnose(device=device, sources=sources(machine(root))), "device").detail
 
 
 @pytest.mark.parametrize(("gib", "size_gib", "status"), [(32, 2, "ok"), (3, 2, "warning"), (1, 2, "error")])
-def test_memory_against_the_weights(root: Path, tmp_path: Path, gib: int, size_gib: int, status: str) -> None:
+def test_memory_is_compared_with_the_weights(root: Path, tmp_path: Path, gib: int, size_gib: int, status: str) -> None:
     probe = machine(root, gpu=False, memory_gib=gib)
     check = named(diagnose(model(tmp_path, size_gib << 30), sources=sources(probe)), "memory")
     assert check.status == status
@@ -227,14 +227,14 @@ def test_memory_against_the_weights(root: Path, tmp_path: Path, gib: int, size_g
     assert bool(check.fix) == (status != "ok")
 
 
-def test_memory_of_a_discrete_gpu_counts_there(root: Path, tmp_path: Path) -> None:
+def test_for_a_discrete_gpu_its_own_memory_counts(root: Path, tmp_path: Path) -> None:
     small = dataclasses.replace(DGPU, memory_bytes=1 << 30)
     check = named(diagnose(model(tmp_path, 2 << 30), sources=sources(machine(root), [CPU, small])), "memory")
     assert check.status == "error"
     assert "GPU.1 memory" in check.fix
 
 
-def test_a_broken_model_and_the_canary_that_is_not_run_for_it(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_is_an_error_and_the_canary_is_skipped(root: Path, tmp_path: Path) -> None:
     error = ModelError("openvino_tokenizer.xml is missing; export the model again")
     checks = diagnose(model(tmp_path), sources=sources(machine(root), inspect=raising(error)))
     assert "openvino_tokenizer.xml is missing" in named(checks, "model").detail
@@ -242,33 +242,33 @@ def test_a_broken_model_and_the_canary_that_is_not_run_for_it(root: Path, tmp_pa
     assert named(checks, "canary").status == "skipped"
 
 
-def test_warnings_of_a_model_are_checks_of_their_own(root: Path, tmp_path: Path) -> None:
+def test_each_warning_of_a_model_is_a_check(root: Path, tmp_path: Path) -> None:
     old = SimpleNamespace(**{**vars(INFO), "warnings": ["exported by optimum-intel 1.27: wrong past 4096 tokens"]})
     checks = diagnose(model(tmp_path), sources=sources(machine(root), inspect=lambda _: old))
     assert [check.status for check in checks if check.name == "model"] == ["ok", "warning"]
     assert any("wrong past 4096" in check.detail for check in checks)
 
 
-def answers(by_device: dict[str, list[list[int]]]) -> Any:
+def canary_ids(by_device: dict[str, list[list[int]]]) -> Any:
     return lambda _path, device, times: by_device[device][:times]
 
 
 @pytest.mark.parametrize(
-    ("ids", "status", "said"),
+    ("ids", "status", "words"),
     [
         ({"CPU": [[1, 2], [1, 2]]}, "ok", "same 2 tokens twice"),
         ({"CPU": [[1, 2], [1, 3]]}, "error", "greedy decoding must repeat"),
         ({"CPU": [[], []]}, "error", "no token"),
     ],
 )
-def test_the_canary_on_the_cpu(root: Path, tmp_path: Path, ids: Any, status: str, said: str) -> None:
-    check = named(diagnose(model(tmp_path), sources=sources(machine(root), canary=answers(ids))), "canary")
+def test_the_canary_on_the_cpu(root: Path, tmp_path: Path, ids: Any, status: str, words: str) -> None:
+    check = named(diagnose(model(tmp_path), sources=sources(machine(root), canary=canary_ids(ids))), "canary")
     assert check.status == status
-    assert said in check.detail
+    assert words in check.detail
 
 
 @pytest.mark.parametrize(
-    ("gpu", "cpu", "status", "said"),
+    ("gpu", "cpu", "status", "words"),
     [
         ([7, 8, 9], [7, 8, 9], "ok", "first 3 of them are the CPU's"),
         ([7, 8, 9], [7, 5, 9], "ok", "first 1 of them are the CPU's; a later difference is usually rounding"),
@@ -276,12 +276,12 @@ def test_the_canary_on_the_cpu(root: Path, tmp_path: Path, ids: Any, status: str
     ],
 )
 def test_the_canary_on_a_gpu_is_compared_with_the_cpu(
-    root: Path, tmp_path: Path, gpu: list[int], cpu: list[int], status: str, said: str
+    root: Path, tmp_path: Path, gpu: list[int], cpu: list[int], status: str, words: str
 ) -> None:
-    canary = answers({"GPU.1": [gpu, gpu], "CPU": [cpu]})
+    canary = canary_ids({"GPU.1": [gpu, gpu], "CPU": [cpu]})
     check = named(diagnose(model(tmp_path), sources=sources(machine(root), [CPU, DGPU], canary=canary)), "canary")
     assert check.status == status
-    assert said in check.detail
+    assert words in check.detail
 
 
 def test_a_canary_that_raises_is_an_error_with_its_reason(root: Path, tmp_path: Path) -> None:
@@ -299,18 +299,18 @@ def test_the_canary_can_be_switched_off(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "consent", "said"),
+    ("environ", "consent", "words"),
     [({}, None, "on:"), ({}, "1", "on:"), ({}, "0", "off:"), ({"CI": "true"}, "1", "off: CI=true")],
 )
-def test_telemetry(root: Path, environ: dict[str, str], consent: str | None, said: str) -> None:
+def test_telemetry(root: Path, environ: dict[str, str], consent: str | None, words: str) -> None:
     pytest.importorskip("openvino_telemetry")
     probe = machine(root)
     if consent is not None:
         (root / "home/intel").mkdir(parents=True)
         (root / "home/intel/openvino_telemetry").write_text(consent)
     check = named(diagnose(sources=sources(probe, environ=environ)), "telemetry")
-    assert check.detail.startswith(said)
-    assert (check.fix == "opt_in_out --opt_out") == said.startswith("on")
+    assert check.detail.startswith(words)
+    assert (check.fix == "opt_in_out --opt_out") == words.startswith("on")
 
 
 def test_telemetry_not_installed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_telemetry_not_installed(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_this_machine() -> None:
-    """The real probes: nothing raises, and what the tests run on is sound."""
+    """The default sources: no check raises, and the machine that runs the tests passes."""
     checks = diagnose(device="CPU")
     for name in ("python", "packages", "openvino", "devices", "device"):
         assert named(checks, name).status == "ok", checks
@@ -330,24 +330,24 @@ def test_this_machine() -> None:
 def test_greedy_ids_go_through_the_public_api_and_close_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     class Pipe:
         def __enter__(self) -> Pipe:
             return self
 
         def __exit__(self, *_: object) -> None:
-            asked.append("closed")
+            calls.append("closed")
 
         def generate(self, prompt: str, **options: Any) -> SimpleNamespace:
-            asked.append((prompt, options))
+            calls.append((prompt, options))
             return SimpleNamespace(token_ids=(1, 2))
 
     def load(path: Path, *, device: str) -> Pipe:
-        asked.append((path, device))
+        calls.append((path, device))
         return Pipe()
 
-    monkeypatch.setattr("ov_phi3.load", load, raising=False)
+    monkeypatch.setattr("ov_phi3.loading.load", load)
     assert greedy_ids(tmp_path, "GPU.0", 2) == [[1, 2], [1, 2]]
     once = (CANARY_PROMPT, {"max_new_tokens": CANARY_TOKENS, "do_sample": False, "ignore_eos": True})
-    assert asked == [(tmp_path, "GPU.0"), once, once, "closed"]
+    assert calls == [(tmp_path, "GPU.0"), once, once, "closed"]
