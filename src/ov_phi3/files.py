@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["expanded", "lock_file", "text_or_empty", "write_atomically"]
+__all__ = ["FileLock", "expanded", "lock_file", "text_or_empty", "write_atomically"]
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -58,17 +58,17 @@ def text_or_empty(path: Path) -> str:
         return ""
 
 
-def lock_file(path: Path, *, wait: bool = False) -> IO[bytes]:
-    """Open a file, creating it if needed, and lock it until it is closed or this process ends.
+def lock_file(path: Path, *, wait: bool = False) -> FileLock:
+    """Lock a file, which is created if needed, until the lock is closed or this process ends.
 
     The lock excludes other processes, and other calls in this process.
 
     Args:
         path: the file.
-        wait: wait until no other process holds the lock, instead of raising.
+        wait: wait until the lock is free, instead of raising.
 
     Raises:
-        OSError: the file cannot be opened or locked, or is locked by another process.
+        OSError: the file cannot be opened or locked, or is locked already.
     """
     file = path.open("ab")
     try:
@@ -81,7 +81,31 @@ def lock_file(path: Path, *, wait: bool = False) -> IO[bytes]:
     except BaseException:
         file.close()
         raise
-    return file
+    return FileLock(file)
+
+
+class FileLock:
+    """A locked file, see `lock_file`; a context manager that unlocks at its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def close(self) -> None:
+        """Unlock the file."""
+        if self._file.closed:
+            return
+        with self._file:
+            if os.name != "nt":
+                import fcntl
+
+                # Closing would not unlock a file that a process forked in the meantime has open too.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _lock_on_windows(file: IO[bytes], *, wait: bool) -> None:

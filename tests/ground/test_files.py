@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_a_waiting_call_gets_the_lock_when_the_other_closes_the_file(tmp_path: P
     lock.close()
     thread.join(10)
     assert order == ["closed", "locked"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_a_closed_lock_is_free_although_a_forked_process_has_the_file_open(tmp_path: Path) -> None:
+    lock = lock_file(tmp_path / "lock")
+    inherited = os.dup(lock._file.fileno())  # shares the lock, as the copy in a forked process does
+    try:
+        lock.close()
+        lock_file(tmp_path / "lock").close()
+    finally:
+        os.close(inherited)

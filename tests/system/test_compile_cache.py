@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +245,35 @@ def test_ctrl_c_in_the_canary_closes_the_engine_and_keeps_the_cache(folder: Path
         load_guarded(folder, engine.compile, interrupted, engine.discarded.append)
     assert engine.discarded == [[5, 6]]
     assert engine.load() == ([5, 6], "verified")
+
+
+def test_a_second_load_waits_until_the_first_has_recorded_its_canary(folder: Path) -> None:
+    first, second = FakeEngine(folder, [5, 6]), FakeEngine(folder, [5, 6])
+    compiled, go_on = threading.Event(), threading.Event()
+
+    def slow_canary(ids: list[int]) -> list[int]:
+        compiled.set()
+        assert go_on.wait(30)
+        return ids
+
+    with ThreadPoolExecutor(2) as pool:
+        fresh = pool.submit(load_guarded, folder, first.compile, slow_canary, first.discarded.append)
+        assert compiled.wait(30)
+        cached = pool.submit(second.load)
+        with pytest.raises(FutureTimeout):
+            cached.result(0.2)
+        go_on.set()
+        assert fresh.result(30) == ([5, 6], "fresh")
+        assert cached.result(30) == ([5, 6], "verified")
+    assert (folder / "model.blob").exists()
+
+
+def test_a_cache_that_cannot_be_locked_is_used_without_a_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("ov_phi3.system.compile_cache.lock_file", refuse)
+    assert FakeEngine(folder, [5, 6]).load() == ([5, 6], "fresh")
 
 
 def test_with_the_real_engine(folder: Path) -> None:

@@ -9,10 +9,9 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from ov_phi3.errors import ExportError
-from ov_phi3.files import expanded, lock_file
+from ov_phi3.files import FileLock, expanded, lock_file
 from ov_phi3.model.files import UNFINISHED
 
 __all__ = ["Workspace", "check_output"]
@@ -69,7 +68,7 @@ class Workspace:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         prefix = f".{target.name}.ov_phi3-export-"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,12 @@ A compiled blob belongs to one model, one OpenVINO release, one driver, one devi
 checks only some of these; users have had blobs that loaded and then generated garbage (openvinotoolkit/openvino#31487).
 So the user's cache folder only holds sub-folders, one per `cache_key`. Each sub-folder records the ids that the model
 generated greedily for a fixed prompt when its blobs were written (the canary). If a later load gives other ids, the
-sub-folder is purged and the model is compiled again.
+sub-folder is purged and the model is compiled again. A lock lets only one load at a time use a sub-folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ov_phi3.errors import ConfigError
-from ov_phi3.files import write_atomically
+from ov_phi3.files import lock_file, write_atomically
 from ov_phi3.system.failures import essential_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ov_phi3.system.devices import DeviceInfo
 
@@ -159,19 +160,39 @@ def load_guarded(
         ConfigError: a stale cache cannot be deleted.
     """
     directory = Path(directory)
+    with _one_load_at_a_time(directory):
+        return _load(directory, compile, canary, discard)
+
+
+@contextlib.contextmanager
+def _one_load_at_a_time(directory: Path) -> Iterator[None]:
+    """Lock the folder, also against other processes: a second load would purge blobs that have no record yet."""
+    try:
+        lock = lock_file(directory.with_name(f"{directory.name}.lock"), wait=True)
+    except OSError as error:
+        _log.debug("compile cache %s cannot be locked: %s", directory, error)  # a file system without locks
+        yield
+        return
+    with lock:
+        yield
+
+
+def _load(
+    directory: Path, compile_: Callable[[], T], canary: Callable[[T], list[int]], discard: Callable[[T], None]
+) -> tuple[T, str]:
     if not _has_files(directory):
-        return _compile_fresh(directory, compile, canary, discard), "fresh"
+        return _compile_fresh(directory, compile_, canary, discard), "fresh"
     reason = "it has no record of the ids that the model generated."
     recorded = _recorded_ids(directory)
     if recorded is not None:
-        engine, reason = _try_cached(recorded, compile, canary, discard)
+        engine, reason = _try_cached(recorded, compile_, canary, discard)
         if engine is not None:
             return engine[0], "verified"
     _log.warning(
         "compile cache %s is not used: %s The cache is deleted and the model compiled again.", directory, reason
     )
     purge(directory)
-    return _compile_fresh(directory, compile, canary, discard), "purged"
+    return _compile_fresh(directory, compile_, canary, discard), "purged"
 
 
 def _try_cached(
