@@ -31,7 +31,8 @@ import pytest
 
 import ov_phi3
 from ov_phi3 import errors
-from ov_phi3.cli import build_parser, reply, tools
+from ov_phi3.cli import build_parser, tools
+from ov_phi3.cli.options import generation_config as options_of
 from ov_phi3.exporting.flags import FLAGS, RECIPES, combine
 from ov_phi3.generation import config as generation_config
 
@@ -239,7 +240,7 @@ def check_command(arguments: list[str]) -> None:
     if args.command == "export":
         combine(args.recipe, tools._flags(extra))
     if args.command in ("generate", "chat"):
-        reply._options(args)
+        options_of(args)
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
