@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from scripted import MakePipe, ScriptedBackend
+
     import ov_phi3
 
 # A shell's background job ignores Ctrl-C, and so would everything that is started here: the tests send it on purpose.
@@ -144,3 +147,33 @@ def tiny_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
     with ov_phi3.load(tiny_fp32, device=device, concurrency=4) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_int4: Path) -> ov_phi3.Tokenizer:
+    """The demo model's tokenizer. Shared by all tests: a test must not change it."""
+    import ov_phi3
+
+    return ov_phi3.Tokenizer(demo_int4)
+
+
+@pytest.fixture
+def make(demo_int4: Path, demo_tokenizer: ov_phi3.Tokenizer) -> Iterator[MakePipe]:
+    """Builds pipelines on scripted backends; at the end they are closed, and no worker thread may be left."""
+    from scripted import ScriptedBackend, scripted_pipeline
+
+    pipes: list[ov_phi3.Pipeline] = []
+
+    def build(
+        steps: Sequence[Sequence[int]] = (), *, window: int = 200, concurrency: int = 1, **options: Any
+    ) -> tuple[ov_phi3.Pipeline, ScriptedBackend]:
+        backend = ScriptedBackend(steps, **options)
+        pipes.append(
+            scripted_pipeline(demo_int4, demo_tokenizer, backend, window=window, concurrency=concurrency)
+        )
+        return pipes[-1], backend
+
+    yield build
+    for pipe in pipes:
+        pipe.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "ov_phi3-stream"]

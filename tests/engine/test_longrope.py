@@ -14,9 +14,10 @@ from reference import Reference
 from scripted import ScriptedBackend
 
 import ov_phi3
-from ov_phi3 import ConfigError, ModelWarning, Pipeline
-from ov_phi3.backends.graph import UnknownGraph, mark, with_marked_ids
-from ov_phi3.engine.runner import Generator
+from ov_phi3 import ConfigError, ModelWarning, Pipeline, TokenLogprob
+from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
+from ov_phi3.engine.longrope import LongRope
+from ov_phi3.engine.runner import Runner
 
 Model = tuple[Path, Path, int]
 
@@ -82,13 +83,11 @@ def test_the_check_fails_without_the_handling(
     longrope: Model, reference: Reference, device: str, monkeypatch: pytest.MonkeyPatch, off: str
 ) -> None:
     """What is shown above is not true by itself: neither of a reply that crosses, nor of a shared prefix."""
-    from ov_phi3.backends.protocol import llm_pipeline
-
     if off == "marks":
-        monkeypatch.setattr(llm_pipeline, "mark", lambda ids, _boundary: ids)
+        monkeypatch.setattr("ov_phi3.backends.llm_pipeline.mark_ids", lambda ids, _boundary: ids)
+    else:
+        monkeypatch.setattr("ov_phi3.loading.LongRope", lambda **_: LongRope())
     with ov_phi3.load(longrope[0], device=device) as pipe:
-        if off == "crossing":
-            pipe._generator.rope_boundary = None
         found = all_differences(pipe, reference, longrope[2], seed=1)
     assert sum(map(len, found.values())) > 20
 
@@ -158,15 +157,15 @@ def test_what_the_engine_is_asked_for() -> None:
     request = ov_phi3.Request(np.arange(7, dtype=np.int64), config, (2,))
     seen: list[int] = []
 
-    def emit(ids: Sequence[int]) -> bool:
+    def sink(ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> bool:
         seen.extend(ids)
         return True
 
-    report = Generator(rope_boundary=10).generate(backend, request, emit, lambda *_: True)
+    report = Runner(backend, LongRope(boundary=10)).generate(request, sink, lambda *_: True)
     first, second = backend.requests
-    assert (first.ids.tolist(), first.past_boundary) == (list(range(7)), False)
+    assert (first.ids.tolist(), first.long_rope) == (list(range(7)), False)
     assert (first.config.max_new_tokens, first.config.min_new_tokens, first.config.seed) == (4, 4, 7)
-    assert (second.ids.tolist(), second.past_boundary) == ([*range(7), 5, 5, 5, 5], True)
+    assert (second.ids.tolist(), second.long_rope) == ([*range(7), 5, 5, 5, 5], True)
     assert (second.config.max_new_tokens, second.config.min_new_tokens) == (5, 2)
     assert second.config.seed not in (None, 7)
     assert (len(seen), report.recomputed_tokens) == (8, 11)
@@ -243,7 +242,7 @@ class TestOptionsThatCannotCross:
 class TestTheGraph:
     def test_marks_are_undone(self) -> None:
         ids = np.array([0, 5, 32_000, 7, 9], dtype=np.int64)
-        marked = mark(ids, 3)
+        marked = mark_ids(ids, 3)
         assert marked.tolist() == [-1, -6, -32_001, 7, 9]
         assert np.maximum(marked, -1 - marked).tolist() == ids.tolist()
 
@@ -274,7 +273,7 @@ class TestTheGraph:
         short, long = drawn(boundary - 4), drawn(boundary + 4)
         np.testing.assert_array_equal(logits(after, short), logits(before, short))
         np.testing.assert_array_equal(logits(after, long), logits(before, long))
-        marked = mark(np.array(long, dtype=np.int64), boundary)
+        marked = mark_ids(np.array(long, dtype=np.int64), boundary)
         np.testing.assert_array_equal(logits(after, marked), logits(before, long))
         # A first piece of a long prompt: as the beginning of the whole, and not as a short prompt.
         np.testing.assert_allclose(logits(after, marked[:8]), logits(before, long)[:8], atol=1e-3)
@@ -307,6 +306,6 @@ class TestTheGraph:
 
 
 def test_other_models_pay_nothing(tiny_pipe: Pipeline) -> None:
-    assert tiny_pipe._generator.rope_boundary is None
-    assert tiny_pipe._backend is not None
-    assert not tiny_pipe._backend._marks  # type: ignore[attr-defined]
+    assert tiny_pipe.engine._runner.long_rope == LongRope()
+    backend: Any = tiny_pipe.engine.check_open()
+    assert not backend._marks_ids

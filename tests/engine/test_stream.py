@@ -16,11 +16,14 @@ from ov_phi3 import (
     ClosedError,
     ConfigError,
     ContextOverflowError,
+    GenerationConfig,
     GenerationError,
     PromptError,
     StreamError,
     Tokenizer,
 )
+from ov_phi3.engine.engine import Submission
+from ov_phi3.engine.worker import ReplyOptions, now
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[list[int]]:
@@ -159,7 +162,7 @@ class TestCancelling:
         gate = threading.Semaphore(0)
         pipe, _ = make(forever([WORD]), window=10**9, gate=gate)
         stream = pipe.stream("x")
-        channel = stream._channel
+        channel = stream.channel
         del stream
         gc.collect()
         assert channel.cancelled
@@ -328,11 +331,11 @@ class TestCtrlC:
     def test_while_taking_a_place_in_the_line(self, make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe, _ = make([[WORD]])
 
-        def interrupted(turn: object) -> None:
+        def interrupted(ticket: object) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("ov_phi3.engine.queue.Turn.call", interrupted)
+            patch.setattr("ov_phi3.backends.request_queue.Ticket.release", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 pipe.generate("x")
         assert pipe.generate("x").token_ids == [WORD]
@@ -358,7 +361,7 @@ class TestCtrlC:
         pipe, _ = make([[WORD]], gate=gate)
         first = pipe.stream("x")
         waiting = pipe.stream("x")
-        with pipe._turns._lock:
+        with pipe.engine._queue._lock:
             del waiting
             gc.collect()
         gate.release(2)
@@ -372,7 +375,9 @@ class TestCtrlC:
 
         threading.excepthook, kept = (lambda _: None), threading.excepthook
         try:
-            assert pipe._start("x", None, {}, streams=True, on_end=broken).result.token_ids == [WORD]
+            options = ReplyOptions(now(), on_end=broken)
+            stream = pipe.engine.submit(Submission(pipe.encode("x"), GenerationConfig(), options))
+            assert stream.result.token_ids == [WORD]
         finally:
             threading.excepthook = kept
 

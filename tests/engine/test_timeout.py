@@ -7,25 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import WORD, MakePipe
+from scripted import WORD, Clock, MakePipe
 
 import ov_phi3
 from ov_phi3 import ConfigError, Pipeline
 from ov_phi3.engine import worker
-
-
-class Clock:
-    """A clock that stands still until it is told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        for place in ("ov_phi3.engine.worker.now", "ov_phi3.pipeline.now"):
-            monkeypatch.setattr(place, lambda: self.now)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 class TestScripted:
@@ -80,20 +66,35 @@ class TestScripted:
 
 @pytest.mark.parametrize("pipes", ["pipe", "loop"])
 class TestOnTheEngine:
-    def test_a_long_reply(self, pipes: str, request: pytest.FixtureRequest) -> None:
+    def test_a_long_reply(self, pipes: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe: Pipeline = request.getfixturevalue(pipes)
-        pipe.warmup()
-        result = pipe.generate("Tell me about the sea.", ignore_eos=True, timeout=1)
-        assert result.finish_reason == "timeout"
-        assert 0 < len(result.token_ids) < 1000
+        real, late_s = worker.now, [0.0]
+        monkeypatch.setattr(worker, "now", lambda: real() + late_s[0])
+        stream = pipe.stream("Tell me about the sea.", ignore_eos=True, timeout=1000)
+        next(chunks := iter(stream))
+        late_s[0] = 2000.0
+        assert stream.result.finish_reason == "timeout"
+        assert 0 < len(stream.result.token_ids) < 1000
+        del chunks
+        late_s[0] = 0.0
         assert "Paris" in pipe.generate("What is the capital of France?", timeout=60).text
 
-    def test_a_chat_keeps_what_came(self, pipes: str, request: pytest.FixtureRequest) -> None:
+    def test_a_chat_keeps_what_came(
+        self, pipes: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pipe: Pipeline = request.getfixturevalue(pipes)
+        real, late_s = worker.now, [0.0]
+        monkeypatch.setattr(worker, "now", lambda: real() + late_s[0])
         for on_cancel, messages in (("keep", 2), ("drop", 0)):
             chat = pipe.chat(on_cancel=on_cancel)
-            assert chat.send("Tell me about the sea.", ignore_eos=True, timeout=0.5).finish_reason == "timeout"
+            late_s[0] = 0.0
+            stream = chat.stream("Tell me about the sea.", ignore_eos=True, timeout=1000)
+            for count, _ in enumerate(stream):
+                late_s[0] = 2000.0 if count == 3 else late_s[0]
+            assert stream.result.finish_reason == "timeout"
+            assert stream.result.token_ids
             assert len(chat.messages) == messages
+            late_s[0] = 0.0
             assert chat.send("What is the capital of France?", max_new_tokens=5).finish_reason in ("stop", "length")
 
 
@@ -105,10 +106,10 @@ def test_during_a_long_prefill(demo_fp32: Any, device: str, monkeypatch: pytest.
         real = worker.now
         monkeypatch.setattr(worker, "now", lambda: real() + 1000.0 * late[0])
 
-        def told(done: int, total: int) -> None:
+        def on_prefill(done: int, total: int) -> None:
             late[0] = done >= 192
 
-        result = pipe.generate(ids, timeout=100, on_prefill=told)
+        result = pipe.generate(ids, timeout=100, on_prefill=on_prefill)
         assert (result.finish_reason, result.token_ids) == ("timeout", [])
         monkeypatch.undo()
         assert pipe.generate(ids, max_new_tokens=1).metrics.reused_tokens == 192
