@@ -10,17 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "models")]
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "models")]
 
-from _bootstrap import (  # noqa: E402
-    BootstrapError,
-    cache_dir,
-    child_environment,
-    ensure_environment,
-    ensure_model,
-    run_step,
-)
+from _environments import ensure_environment  # noqa: E402
+from _models import ensure_model  # noqa: E402
+from _paths import ROOT, cache_dir  # noqa: E402
+from _steps import BootstrapError, child_environment, run_step  # noqa: E402
 
 __all__ = [
     "ROOT",

@@ -1,9 +1,9 @@
-"""One stack's reply in a process of its own, for ``edge.py``: tells when the first text is there, and the memory taken.
+"""The reply of one stack, in a process for ``edge.py``: prints when the first text arrives, and the memory in use.
 
     python edge_stacks.py ov_phi3 MODEL DEVICE
 
-Nothing is imported here but what the stack needs, and the stacks are asked for the same: a chat message of their own
-model's template, answered greedily with 64 tokens.
+Only the modules of the stack are imported. All stacks do the same: a chat message in the template of the model, and a
+greedy reply of 64 tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""
 _first = True
 
 
-def said(text: str) -> None:
-    """Take a piece of the reply; the first one is told to the parent at once."""
+def emit(text: str) -> None:
+    """Receive a part of the reply; report the first one to the parent process at once."""
     global _first
     if _first and text:
         print("first", flush=True)
@@ -29,23 +29,23 @@ def said(text: str) -> None:
 
 
 def ov_phi3(model: str, device: str, backend: str = "llm_pipeline") -> tuple[int, object]:
-    """Answer with this library; returns the number of tokens, and what keeps the model loaded."""
+    """Reply with this library; return the number of tokens, and the object that keeps the model loaded."""
     import ov_phi3
 
     pipe = ov_phi3.load(model, device=device, backend=backend)
     stream = pipe.stream(QUESTION, max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
     for chunk in stream:
-        said(chunk.text)
+        emit(chunk.text)
     return len(stream.result.token_ids), pipe
 
 
 def ov_phi3_own_loop(model: str, device: str) -> tuple[int, object]:
-    """The same on the library's own decode loop."""
+    """The same on the library's own engine."""
     return ov_phi3(model, device, "infer_request")
 
 
 def openvino_genai(model: str, device: str) -> tuple[int, object]:
-    """The same with what the library is built on, without it."""
+    """The same with OpenVINO GenAI, without this library."""
     import openvino_genai as genai
 
     pipe = genai.LLMPipeline(model, device, **PROPERTIES)
@@ -53,7 +53,7 @@ def openvino_genai(model: str, device: str) -> tuple[int, object]:
     config.max_new_tokens, config.do_sample, config.ignore_eos = NEW_TOKENS, False, True
 
     def streamer(text: str) -> Any:
-        said(text)
+        emit(text)
         return genai.StreamingStatus.RUNNING
 
     result = pipe.generate(genai.ChatHistory([{"role": "user", "content": QUESTION}]), config, streamer)
@@ -68,7 +68,7 @@ def cookbook(model: str, device: str) -> tuple[int, object]:
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-            said(text)
+            emit(text)
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = OVModelForCausalLM.from_pretrained(model, device=device, ov_config=PROPERTIES)
@@ -80,7 +80,7 @@ def cookbook(model: str, device: str) -> tuple[int, object]:
 
 
 def memory() -> dict[str, int] | None:
-    """Bytes of this process now and at most so far; None where there is no /proc (anything but Linux)."""
+    """Current and peak memory of this process in bytes; None without /proc (on other systems than Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

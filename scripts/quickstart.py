@@ -1,7 +1,6 @@
-"""From a fresh checkout to a model that talks: make an environment, build the demo model, export it, and ask it
-something.
+"""From a fresh checkout to a reply: make an environment, build the demo model, export it, and ask it a question.
 
-Run it again at any time: everything that is there and current is reused, and the network is not needed then.
+A second run reuses everything that is current, and needs no network.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from _bootstrap import ROOT, child_environment, ensure_environment, ensure_model, main_of, venv_command
+from _environments import ensure_environment, venv_command
+from _models import ensure_model
+from _paths import ROOT
+from _steps import child_environment, main_of
 
 # The cookbook's question, system message and reply length. A model of this size repeats itself without the penalty.
 QUESTION = "can you introduce yourself?"
@@ -20,7 +22,7 @@ REPLY = ("--system", "You are a helpful AI assistant.", "--max-new-tokens", "102
 
 
 def _quoted(*parts: str | Path) -> str:
-    """Return a command line that can be pasted, also when the checkout's path has spaces."""
+    """Return a command line to paste, also if the path of the checkout has spaces."""
     if sys.platform == "win32":
         return subprocess.list2cmdline([str(part) for part in parts])
     import shlex
@@ -31,16 +33,14 @@ def _quoted(*parts: str | Path) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="AUTO", help="CPU, GPU.0, ...; default: the best one present")
-    parser.add_argument("--prompt", default=QUESTION, help=f"what to ask; default: {QUESTION!r}")
-    parser.add_argument(
-        "--venv", type=Path, default=ROOT / ".venv", help="where to make the environment; default: .venv"
-    )
+    parser.add_argument("--device", default="AUTO", help="CPU, GPU.0, ...; default: the best available device")
+    parser.add_argument("--prompt", default=QUESTION, help=f"the question; default: {QUESTION!r}")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment; default: .venv")
     return parser.parse_args()
 
 
-def say_what_next(venv: Path, model: Path, device: str) -> None:
-    """End with things to try."""
+def print_next_steps(venv: Path, model: Path, device: str) -> None:
+    """Print commands to try next."""
     command = venv_command(venv, "ov-phi3")
     print("\nWhat to try next")
     print(f"  talk to it:    {_quoted(command, 'chat', model, '--device', device)}")
@@ -53,19 +53,19 @@ def say_what_next(venv: Path, model: Path, device: str) -> None:
 
 
 def main() -> int:
-    """Do all of it."""
+    """Make the environment and the model, ask the question, print the next steps."""
     options = parse_arguments()
     began = time.monotonic()
     venv = options.venv.absolute()
     python = ensure_environment(venv, ["export"])
     model = ensure_model("demo-int4", python)
     print(f"- ready after {time.monotonic() - began:.0f} s: {model}\n\n> {options.prompt}\n", flush=True)
-    # Through the interpreter, not the command beside it: a script's first line breaks on long paths and on paths with
-    # spaces.
+    # Through the interpreter, not the installed command: the first line of a script breaks on long paths and on paths
+    # with spaces.
     command = [python, "-m", "ov_phi3", "generate", model, options.prompt, *REPLY, "--device", options.device]
     done = subprocess.run(command, check=False, env=child_environment())
     if done.returncode == 0:
-        say_what_next(venv, model, options.device)
+        print_next_steps(venv, model, options.device)
     return done.returncode
 
 

@@ -1,8 +1,7 @@
-"""Check a checkout: make an environment and the test models, then lint, types, documentation, the audit of the
-packages and all tests.
+"""Check a checkout: make an environment and the test models, then run lint, format, types, docs, audit and tests.
 
-Everything that this script does not know itself goes to pytest, as in ``python scripts/test.py -k stream``. All stages
-run, also after one has failed; the exit code is 0 only if every one of them passed.
+Unknown arguments go to pytest, as in ``python scripts/test.py -k stream``. All stages run, also after a failure. The
+exit code is 0 only if every stage passed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from _bootstrap import ROOT, child_environment, ensure_model, ensure_test_environment, main_of
+from _environments import ensure_test_environment
+from _models import ensure_model
+from _paths import ROOT
+from _steps import child_environment, main_of
 
 TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32", "longrope64-fp32", "longrope256-fp32", "sliding-fp32")
 STAGES = ("lint", "format", "types", "docs", "audit", "tests")
@@ -22,7 +24,7 @@ STAGES = ("lint", "format", "types", "docs", "audit", "tests")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended."""
+    """Result and duration of a stage."""
 
     stage: str
     result: str
@@ -30,22 +32,18 @@ class Outcome:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line: our options, and what is left for pytest."""
+    """Read the command line: the options of this script, and the arguments for pytest."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--device", help="run the tests that need a device on this one; default: OV_PHI3_TEST_DEVICE, or CPU"
-    )
-    parser.add_argument(
-        "--stage", action="append", choices=STAGES, help="run this stage only; can be given more than once"
-    )
+    parser.add_argument("--device", help="device for the tests that need one; default: OV_PHI3_TEST_DEVICE, or CPU")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="run only this stage; repeatable")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-test", help="the environment; default: .venv-test")
     return parser.parse_known_args()
 
 
 def stage_command(stage: str, pytest_arguments: list[str]) -> list[str] | None:
-    """Return what a stage runs, to be put after the interpreter; None where there is nothing to check."""
+    """Return the arguments of the interpreter for a stage; None if there is nothing to check."""
     if stage == "docs" and not (ROOT / "mkdocs.yml").exists():
         return None
     return {
@@ -59,7 +57,7 @@ def stage_command(stage: str, pytest_arguments: list[str]) -> list[str] | None:
 
 
 def run_stage(stage: str, python: Path, pytest_arguments: list[str], env: dict[str, str]) -> Outcome:
-    """Run one stage, its output where ours goes."""
+    """Run a stage; its output goes to this process's."""
     command = stage_command(stage, pytest_arguments)
     if command is None:
         return Outcome(stage, "nothing to check", 0.0)
@@ -71,7 +69,7 @@ def run_stage(stage: str, python: Path, pytest_arguments: list[str], env: dict[s
 
 
 def main() -> int:
-    """Run the stages and sum up."""
+    """Run the stages and print a summary."""
     options, pytest_arguments = parse_arguments()
     stages = [stage for stage in STAGES if options.stage is None or stage in options.stage]
     python = ensure_test_environment(options.venv)

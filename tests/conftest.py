@@ -1,6 +1,6 @@
 """Model directories and pipelines for the tests.
 
-The models are those of `scripts/_bootstrap.py`, from its cache, or from the folder in the environment variable
+The models are those of `scripts/_models.py`, from its cache, or from the folder in the environment variable
 OV_PHI3_MODELS. Nothing of `ov_phi3` is imported before a fixture needs it, so that tests of what an import loads stay
 true.
 """
@@ -47,7 +47,8 @@ def model(name: str) -> Path:
         if not path.is_dir():
             pytest.fail(f"OV_PHI3_MODELS is set, but there is no {path}", pytrace=False)
         return path
-    from _bootstrap import BootstrapError, ensure_model
+    from _models import ensure_model
+    from _steps import BootstrapError
 
     try:
         return ensure_model(name)
@@ -168,9 +169,7 @@ def make(demo_int4: Path, demo_tokenizer: ov_phi3.Tokenizer) -> Iterator[MakePip
         steps: Sequence[Sequence[int]] = (), *, window: int = 200, concurrency: int = 1, **options: Any
     ) -> tuple[ov_phi3.Pipeline, ScriptedBackend]:
         backend = ScriptedBackend(steps, **options)
-        pipes.append(
-            scripted_pipeline(demo_int4, demo_tokenizer, backend, window=window, concurrency=concurrency)
-        )
+        pipes.append(scripted_pipeline(demo_int4, demo_tokenizer, backend, window=window, concurrency=concurrency))
         return pipes[-1], backend
 
     yield build

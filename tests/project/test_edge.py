@@ -33,18 +33,20 @@ def _link(source: str, target: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the files have these names on Linux")
 @pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
-def test_without_the_parts_for_other_devices_and_formats(tiny_fp32: Path, tmp_path: Path, backend: str) -> None:
+def test_openvino_without_its_files_for_other_devices_and_formats(
+    tiny_fp32: Path, tmp_path: Path, backend: str
+) -> None:
     spec = importlib.util.find_spec("openvino")
     assert spec is not None
     assert spec.origin is not None
     copy = tmp_path / "openvino"
     shutil.copytree(Path(spec.origin).parent, copy, copy_function=_link)
     libraries = copy / "libs"
-    gone = [libraries / name for name in ("libopenvino_intel_gpu_plugin.so", "cache.json")]
-    gone.append(libraries / "libopenvino_intel_npu_plugin.so")
-    gone += [p for p in libraries.glob("libopenvino_*_frontend.so.*") if "_ir_" not in p.name]
-    assert sum(path.stat().st_size for path in gone) > 75e6
-    for path in gone:
+    unused = [libraries / name for name in ("libopenvino_intel_gpu_plugin.so", "cache.json")]
+    unused.append(libraries / "libopenvino_intel_npu_plugin.so")
+    unused += [p for p in libraries.glob("libopenvino_*_frontend.so.*") if "_ir_" not in p.name]
+    assert sum(path.stat().st_size for path in unused) > 75e6
+    for path in unused:
         path.unlink()
     command = [sys.executable, "-c", ANSWER, tiny_fp32, backend]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -57,14 +59,14 @@ READ_ONLY = "mount --make-rprivate / && mount -o remount,bind,ro / && if touch {
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("unshare"), reason="needs mount namespaces")
 @pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
-def test_on_a_read_only_file_system(tiny_fp32: Path, tmp_path: Path, backend: str) -> None:
+def test_generation_on_a_read_only_file_system(tiny_fp32: Path, tmp_path: Path, backend: str) -> None:
     program = tmp_path / "answer.py"
     program.write_text(ANSWER)
     script = READ_ONLY.format(probe=tmp_path / "probe") + 'exec "$@"'
     inside = ["unshare", "--mount", "sh", "-c", script, "sh"]
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no mount namespace can be had here")
+        pytest.skip("mount namespaces are not permitted here")
     command = [*inside, sys.executable, program, tiny_fp32, backend]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**environment, "HOME": "/nowhere"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
@@ -86,26 +88,28 @@ with ov_phi3.load(sys.argv[1], device="CPU", context_length=512) as pipe:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_prompts_of_many_lengths_leave_little_behind(tiny_fp32: Path) -> None:
+def test_prompts_of_many_lengths_keep_little_memory(tiny_fp32: Path) -> None:
     left = int(run(KERNELS, tiny_fp32).stdout)
-    # 70 MiB where all kernels are kept, 28 where 32 of them are.
+    # 70 MiB if all kernels are kept, 28 MiB with 32 kernels.
     assert left < 45 * 2**20
 
 
 class TestScript:
-    """`scripts/edge.py`, but for the environments that it makes, which take minutes."""
+    """`scripts/edge.py` without its environments, which take minutes to make."""
 
-    def test_the_stacks_answer(self, demo_int4: Path, device: str) -> None:
+    def test_every_stack_replies(self, demo_int4: Path, device: str) -> None:
         for stack in ("ov_phi3", "own_loop", "openvino_genai"):
             command = [sys.executable, ROOT / "scripts" / "edge_stacks.py", stack, demo_int4, device]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             first, last = done.stdout.splitlines()
-            found = json.loads(last)
-            assert (first, found["tokens"]) == ("first", 64)
+            report = json.loads(last)
+            assert (first, report["tokens"]) == ("first", 64)
             if sys.platform == "linux":
-                assert found["memory"]["steady"] <= found["memory"]["peak"]
+                assert report["memory"]["steady"] <= report["memory"]["peak"]
 
-    def test_sizes_and_verdicts(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_sizes_and_exceeded_limits(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         monkeypatch.syspath_prepend(str(ROOT / "scripts"))
         import edge
 
@@ -119,8 +123,8 @@ class TestScript:
             "replies": {"ov_phi3": [replies[1]], "openvino_genai": [replies[0]]},
         }
         installed = {"ov_phi3": {"numpy": 320_000_001}, "openvino_genai": {"numpy": 5}}
-        found = edge.summary(samples, installed, Path(__file__))
-        edge.show(found)
-        said = capsys.readouterr().out
-        assert said.count("NOT KEPT") == 3  # the import, the packages, the memory; the wheel is this small file
-        assert found["promised"]["memory_ratio"] == 1.04
+        figures = edge.summary(samples, installed, Path(__file__))
+        edge.show(figures)
+        output = capsys.readouterr().out
+        assert output.count("EXCEEDED") == 3  # import, packages and memory; the wheel is this small file
+        assert figures["limited"]["memory_ratio"] == 1.04

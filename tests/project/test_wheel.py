@@ -1,4 +1,4 @@
-"""The wheel, alone with its four run-time packages: what a user's environment has, and nothing of ours besides."""
+"""The wheel with its four run-time packages in a clean environment, as users have it."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_only_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = f"ov_phi3-{metadata.version('ov-phi3')}.dist-info/"
     assert all(n.startswith(("ov_phi3/", info)) for n in names)
     assert {n for n in names if n.startswith("ov_phi3/") and not n.endswith(".py")} == {"ov_phi3/py.typed"}
     assert f"{info}licenses/LICENSE" in names
-    assert wheel.stat().st_size < 200_000
+    assert wheel.stat().st_size < 1_000_000
 
 
-def test_asks_for_the_four_packages_and_no_more(wheel: Path) -> None:
+def test_the_wheel_requires_exactly_four_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
-    needed = [
+    requirements = [
         line.split(":")[1] for line in text.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]
-    assert sorted(n.strip().split("<")[0].split(">")[0].split("=")[0] for n in needed) == sorted(RUNTIME)
+    assert sorted(n.strip().split("<")[0].split(">")[0].split("=")[0] for n in requirements) == sorted(RUNTIME)
 
 
-def test_streams_in_a_clean_environment(wheel: Path, tmp_path: Path, demo_int4: Path, device: str) -> None:
+def test_the_wheel_streams_in_a_clean_environment(wheel: Path, tmp_path: Path, demo_int4: Path, device: str) -> None:
     home = tmp_path / "clean"
     venv.create(home, with_pip=False)
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    # The tested versions, so that nothing is fetched which is not in pip's cache already.
+    # The tested versions, so that pip downloads nothing that is not in its cache.
     pins = [f"{name}=={metadata.version(name)}" for name in RUNTIME]
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel, *pins, cwd=tmp_path)
     code = (
