@@ -149,8 +149,10 @@ def _plan(
         kv_cache_gb=kv_cache_gb,
         conversations=concurrency,
     )
-    request = LoadRequest(info, device, properties, kv, concurrency, paging_required=kv_cache_gb is not None)
-    if concurrency == 1:
+    schedules = spec.capabilities.schedules
+    step = prefill_chunk or 0 if schedules else 0
+    request = LoadRequest(info, device, properties, kv, concurrency, step, paging_required=kv_cache_gb is not None)
+    if concurrency == 1 or schedules:
         return request
     if (needed := spec.check_concurrency(request)) is not None:
         raise ConfigError(f"concurrency={concurrency} needs {needed}.")
@@ -260,7 +262,9 @@ def _engine(request: LoadRequest, opened: _Opened, defaults: GenerationConfig, p
         assisted_tokens=_DEFAULT_ASSISTED_TOKENS if assisted else 0,
     )
     runner = Runner(backend, long_rope, _chunk(backend, request, prefill_chunk))
-    limits = Limits(defaults, window, request.kv.reason, info.vocab_size, long_rope, backend.prefix_index)
+    # A backend that schedules carries every option across the boundary.
+    crossing = LongRope() if backend.capabilities.schedules else long_rope
+    limits = Limits(defaults, window, request.kv.reason, info.vocab_size, crossing, backend.prefix_index)
     return Engine(info, opened.tokenizer, runner, limits, request.kv, concurrency=request.concurrency)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.fingerprint import check_fingerprint
+from ov_phi3.load_report import ModelWarning
 from ov_phi3.saved import read_saved
 from ov_phi3.text.prompt import as_messages
 from ov_phi3.text.template import Raw
@@ -55,13 +57,13 @@ class Prefix:
 
     @property
     def dtype(self) -> str:
-        """Type of the keys and values: "F32", "F16" or "BF16"."""
+        """Precision of the keys and values: "f32", "f16", "bf16", "u8", ..."""
         return self._entry.tensors.dtype
 
     @property
     def exact(self) -> bool:
-        """Whether they equal the engine's bit for bit; not the case if its cache is quantised to integers."""
-        return self._entry.tensors.exact
+        """Whether they equal the engine's bit for bit: always, since the blocks of its cache are kept as they are."""
+        return True
 
     @property
     def entry(self) -> KVEntry:
@@ -102,8 +104,16 @@ def load_prefix(model: LoadedModel, path: str | os.PathLike[str]) -> Prefix:
     """Read a prefix from a file; see `Pipeline.load_prefix`."""
     model.engine.require("saves_kv", "load_prefix")
     saved = read_saved(model, path, "prefix")
-    model.engine.import_kv(saved.entry)
-    return Prefix(saved.entry, model.fingerprint)
+    entry = saved.entry
+    if not model.engine.import_kv(entry):
+        message = (
+            f"{os.fspath(path)} was saved with another memory layout of the KV cache (another device, precision, or an "
+            "older format): its tokens are prefilled again. Save it again to avoid this."
+        )
+        warnings.warn(message, ModelWarning, stacklevel=3)
+        entry = model.engine.prefill(saved.ids)
+        model.engine.import_kv(entry)
+    return Prefix(entry, model.fingerprint)
 
 
 def encode_after(model: LoadedModel, prompt: Prompt, prefix: Prefix | None) -> NDArray[np.int64]:

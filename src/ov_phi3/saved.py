@@ -1,4 +1,4 @@
-"""Saved KV caches of one loaded model: files that are read are checked against it."""
+"""Saved KV caches of one loaded model: a file that is read is checked against it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,6 @@ def read_saved(
     if saved.kind != kind:
         raise SnapshotError(f"{source} holds a {saved.kind}, not a {kind}; load it with {_LOADERS[saved.kind]}().")
     check_fingerprint(saved.fingerprint, model.fingerprint, source, any_release=any_release)
-    tensors = saved.entry.tensors
-    shape = (info.num_kv_heads, tensors.tokens, info.head_dim)
-    if tensors.arrays and (
-        len(tensors.arrays) != 2 * info.num_layers or any(array.shape != shape for array in tensors.arrays)
-    ):
-        raise SnapshotError(f"{source} is damaged: its tensors do not have the shapes of this model's.")
     if len(saved.ids) and not 0 <= int(saved.ids.min()) <= int(saved.ids.max()) < info.vocab_size:
         raise SnapshotError(f"{source} is damaged: it has token ids outside the vocabulary.")
     if len(saved.ids) >= window:

@@ -23,8 +23,6 @@ from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
 from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ov_phi3.backends.protocol import Backend, Request, TokenSink
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.kv.entry import KVEntry
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_scheduler"]
 
-CAPABILITIES = Capabilities("llm_pipeline", batches=True)
+CAPABILITIES = Capabilities("llm_pipeline", batches=True, shares_random_numbers=True)
 
 _ASSISTED_OPTIONS = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
@@ -133,6 +131,7 @@ class LLMPipelineBackend:
     """
 
     needs_whole_prompts = False
+    kv_layout = ""
 
     def __init__(
         self,
@@ -283,7 +282,7 @@ class LLMPipelineBackend:
         """Not available: `LLMPipeline` returns no logits."""
         raise NotImplementedError
 
-    def export_kv(self, ids: NDArray[np.int64], *, long_rope: bool) -> KVEntry:
+    def compute_kv(self, request: Request) -> KVEntry:
         """Not available: `LLMPipeline` gives no access to its cache."""
         raise NotImplementedError
 

@@ -77,7 +77,7 @@ class _Choice(NamedTuple):
 
 
 def _accept_marked_ids(graph: IrGraph, ids: Output, choice: _Choice) -> None:
-    """token = max(id, -1 - id), for all that reads the ids but not only their shape."""
+    """Token = max(id, -1 - id), for all that reads the ids but not only their shape."""
     readers = [edge for edge in graph.edges_from(ids.layer) if graph.layer(edge.reader).type != "ShapeOf"]
     negative = graph.add("Negative", "I64", ids, rank=2)
     other = graph.add("Subtract", "I64", negative, choice.one, rank=2, auto_broadcast="numpy")
@@ -86,7 +86,7 @@ def _accept_marked_ids(graph: IrGraph, ids: Output, choice: _Choice) -> None:
 
 
 def _select_by_marks(graph: IrGraph, ids: Output, choice: _Choice) -> None:
-    """long = the exported condition, or lowest id < 0; the 0 is 1 - 1, as there is no constant of it."""
+    """Long = the exported condition, or lowest id < 0; the 0 is 1 - 1, as there is no constant of it."""
     readers = graph.edges_from(choice.greater.id)
     lowest = graph.add("ReduceMin", "I64", ids, choice.axes, rank=0, keep_dims="false")
     zero = graph.add("Subtract", "I64", choice.one, choice.one, rank=0, auto_broadcast="numpy")

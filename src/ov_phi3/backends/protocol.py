@@ -60,10 +60,14 @@ class Capabilities:
 
     Attributes:
         name: the backend's name, as in `load(backend=...)`.
-        saves_kv: `export_kv` and `import_kv` work: keys and values can be read and written.
+        saves_kv: `compute_kv` and `import_kv` work: keys and values can be read and written.
         scores: `score` works.
         cancels_within_pass: a running pass can be cancelled, so that long prompts need no chunks.
         batches: several requests can run at once.
+        schedules: it prefills, batches and crosses the LongRoPE boundary by itself, so that the runner only hands
+            requests on.
+        shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
+            must run alone.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Capabilities:
     scores: bool = False
     cancels_within_pass: bool = False
     batches: bool = False
+    schedules: bool = False
+    shares_random_numbers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class Request:
             token by token.
         pinned: the conversation may continue, so its cached KV should be kept whole.
         should_continue: called now and then during a long pass; False stops the pass where the backend can do so.
+        on_progress: receives the number of prefilled prompt tokens and their total; returns False to stop. For
+            backends that schedule their own prefill.
     """
 
     ids: NDArray[np.int64]
@@ -95,6 +103,7 @@ class Request:
     isolated: bool = False
     pinned: bool = False
     should_continue: Callable[[], bool] | None = None
+    on_progress: Callable[[int, int], bool] | None = None
 
     @property
     def stop_ids(self) -> set[int]:
@@ -194,8 +203,13 @@ class Backend(Protocol):
         """
         ...
 
-    def export_kv(self, ids: NDArray[np.int64], *, long_rope: bool) -> KVEntry:
-        """A copy of the cached keys and values of the longest cached beginning of these ids."""
+    @property
+    def kv_layout(self) -> str:
+        """How the blocks of its cache lie in memory, as text; "" if they cannot be read."""
+        ...
+
+    def compute_kv(self, request: Request) -> KVEntry:
+        """A copy of the keys and values of the request's ids; those that are not cached are computed first."""
         ...
 
     def import_kv(self, entry: KVEntry) -> None:

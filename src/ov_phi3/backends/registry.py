@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ov_phi3.backends.infer_request import InferRequestSpec
 from ov_phi3.backends.llm_pipeline import LLMPipelineSpec
+from ov_phi3.backends.paged.backend import PagedBackendSpec
 from ov_phi3.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["backend_spec", "backends_with"]
 
-_SPECS: dict[str, BackendSpec] = {spec.capabilities.name: spec for spec in (LLMPipelineSpec(), InferRequestSpec())}
+_SPECS: dict[str, BackendSpec] = {spec.capabilities.name: spec for spec in (LLMPipelineSpec(), PagedBackendSpec())}
 
 
 def backend_spec(name: object) -> BackendSpec:

@@ -15,7 +15,20 @@ from itertools import islice
 
 from ov_phi3.errors import StreamError
 
-__all__ = ["RequestQueue", "Ticket"]
+__all__ = ["RequestQueue", "Ticket", "is_engine_thread", "mark_engine_thread"]
+
+
+_this_thread = threading.local()
+
+
+def mark_engine_thread() -> None:
+    """Note that this thread runs requests of others: it must never wait for one."""
+    _this_thread.runs_requests = True
+
+
+def is_engine_thread() -> bool:
+    """Whether this thread runs requests of others."""
+    return getattr(_this_thread, "runs_requests", False)
 
 
 class Ticket:
@@ -85,7 +98,7 @@ class RequestQueue:
         thread = threading.get_ident()
         with self._lock:
             inside = any(ticket.started and ticket.thread == thread for ticket in self._tickets)
-        if inside:
+        if inside or is_engine_thread():
             raise StreamError(
                 f"{what} was made from inside a callback (on_prefill, a logits processor) of a request that is running "
                 "on the same pipeline, and would wait for itself. Return from the callback first, or cancel the stream."

@@ -94,9 +94,9 @@ def _info(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "kind": saved.kind,
         "token ids": len(saved.ids),
-        "cached tokens": tensors.tokens,
+        "cached tokens": len(saved.entry.ids) if tensors.arrays else 0,
         "dtype": tensors.dtype,
-        "exact": tensors.exact,
+        "layout": tensors.layout,
         "bytes": saved.size,
         "layers": len(tensors.arrays) // 2,
         "past the LongRoPE boundary": saved.entry.long_rope,

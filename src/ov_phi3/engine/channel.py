@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ov_phi3.backends.request_queue import is_engine_thread
 from ov_phi3.errors import ClosedError, StreamError, forked
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Channel:
 
     def _block(self, *, for_end: bool) -> None:
         """Wait until there is a chunk or the end; with `for_end`, until the end."""
-        if self._worker == threading.get_ident() and not self.ended:
+        if (self._worker == threading.get_ident() or is_engine_thread()) and not self.ended:
             raise StreamError(
                 "a stream was read from inside its own callback (on_prefill, a logits processor), and would wait for "
                 "itself. Return from the callback first."

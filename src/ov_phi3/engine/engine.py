@@ -213,8 +213,8 @@ class Engine:
         )
         channel = Channel()
         worker = ReplyWorker(request, self._runner, self._tokenizer, channel, submission.reply)
-        # GenAI's generator of random numbers is shared by the requests that run at once.
-        ticket = Ticket(exclusive=seeded and bool(config.do_sample))
+        shared = self.capabilities.shares_random_numbers
+        ticket = Ticket(exclusive=shared and seeded and bool(config.do_sample))
         self._start(worker, channel, ticket)
         return TokenStream(channel)
 
@@ -256,8 +256,7 @@ class Engine:
             return not self.closed
 
         with self._turn():
-            self._runner.prefill(Request(ids, _ONE_TOKEN, ()), on_progress)
-            return self._runner.export_kv(ids)
+            return self._runner.compute_kv(Request(ids, _ONE_TOKEN, ()), on_progress)
 
     def export_kv(self, ids: NDArray[np.int64]) -> KVEntry | None:
         """The keys and values of a conversation's ids; None if the backend cannot read its cache.
@@ -273,13 +272,13 @@ class Engine:
         """Let requests reuse an entry for as long as the caller holds it.
 
         Returns:
-            False if the backend cannot write its cache.
+            False if the backend cannot write its cache, or its cache has another memory layout.
 
         Raises:
             ClosedError: the engine was closed.
         """
         backend = self.check_open()
-        if not self.capabilities.saves_kv:
+        if not self.capabilities.saves_kv or entry.tensors.layout != backend.kv_layout:
             return False
         backend.import_kv(entry)
         return True

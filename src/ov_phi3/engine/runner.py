@@ -19,7 +19,7 @@ import numpy as np
 
 from ov_phi3.backends.protocol import Backend, BackendReport, Cancelled, Hypothesis, Request, TokenSink
 from ov_phi3.engine.longrope import LongRope
-from ov_phi3.errors import ContextOverflowError, GenerationError
+from ov_phi3.errors import ContextOverflowError
 from ov_phi3.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class Runner:
         Raises:
             Cancelled: `on_progress` returned False before the first token.
         """
-        request = replace(request, should_continue=_check_only(on_progress))
+        request = _observed(request, on_progress)
+        if self.backend.capabilities.schedules:
+            return self.backend.generate(request, sink)
         room = self.long_rope.reply_room(len(request.ids))
         limit = request.config.max_new_tokens or 0
         if room is None or limit <= room:
@@ -97,30 +99,13 @@ class Runner:
             return replace(report, hit_limit=False)
         return _join_reports(report, second, len(first.ids), len(rest.ids), len(whole) - (second.reused_tokens or 0))
 
-    def prefill(self, request: Request, on_progress: ProgressCallback) -> None:
-        """Prefill every token of the prompt (backends with a cache known token by token).
+    def compute_kv(self, request: Request, on_progress: ProgressCallback) -> KVEntry:
+        """A copy of the keys and values of a request's ids; those that are not cached are computed first.
 
         Raises:
             Cancelled: `on_progress` returned False.
         """
-        request, index = self._resolve_cache(replace(request, should_continue=_check_only(on_progress)))
-        if index is None:
-            raise GenerationError("this backend has no cache that a prompt could be prefilled into.")
-        request, _, _ = self._prefill_chunks(request, index, on_progress)
-        if self.cached_tokens(request.ids) < len(request.ids):
-            self._compute_kv(request, index)
-        _check_cancelled(on_progress, len(request.ids), len(request.ids))
-
-    def export_kv(self, ids: NDArray[np.int64]) -> KVEntry:
-        """A copy of the cached keys and values of these ids.
-
-        Raises:
-            GenerationError: they are not in the cache.
-        """
-        entry = self.backend.export_kv(ids, long_rope=self.long_rope.is_long(len(ids)))
-        if len(entry.ids) < len(ids):
-            raise GenerationError("the engine no longer has the keys and values that it just computed.")
-        return entry
+        return self.backend.compute_kv(_observed(request, on_progress))
 
     def score(self, request: Request, start: int, on_progress: ProgressCallback) -> list[float]:
         """Log-probabilities of a request's ids from `start` on, with the rotary factors of each sequence length.
@@ -129,7 +114,7 @@ class Runner:
             Cancelled: `on_progress` returned False.
         """
         total = len(request.ids)
-        request = replace(request, should_continue=_check_only(on_progress))
+        request = _observed(request, on_progress)
         logprobs: list[float] = []
         for first, end in self.long_rope.score_spans(start, total):
             part = replace(request, ids=request.ids[:end], long_rope=self.long_rope.is_long(end - 1))
@@ -145,7 +130,10 @@ class Runner:
         Raises:
             Cancelled: `on_progress` returned False before there was a reply.
         """
-        request, index = self._resolve_cache(replace(request, should_continue=_check_only(on_progress)))
+        request, index = self._resolve_cache(_observed(request, on_progress))
+        if self.backend.capabilities.schedules:
+            reused = None if index is None else index.match(request.ids, isolated=request.isolated)
+            return self.backend.generate_n(request), reused
         request, reused, _ = self._prefill_chunks(request, index, on_progress)
         if index is None:
             hypotheses = self.backend.generate_n(request)
@@ -281,9 +269,9 @@ def _extra_blocks(config: GenerationConfig, longest: int, block: int) -> int:
     return config.num_sequences * (own + 1)
 
 
-def _check_only(on_progress: ProgressCallback) -> Callable[[], bool]:
-    """Whether to continue, without a progress report."""
-    return lambda: on_progress(-1, 0)
+def _observed(request: Request, on_progress: ProgressCallback) -> Request:
+    """A request that reports its progress, and asks whether to continue without a report."""
+    return replace(request, should_continue=lambda: on_progress(-1, 0), on_progress=on_progress)
 
 
 def _check_cancelled(on_progress: ProgressCallback, done: int, total: int) -> None:

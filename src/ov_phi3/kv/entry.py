@@ -1,19 +1,16 @@
-"""Keys and values of a token sequence as arrays, independent of any engine."""
+"""Keys and values of a token sequence, as the blocks of the cache that held them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DTYPES", "KVEntry", "KVTensors", "tensor_names"]
-
-DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-"""safetensors type name -> numpy type that holds it; numpy has no bfloat16, so its bits are held as uint16."""
+__all__ = ["KVEntry", "KVTensors", "tensor_names"]
 
 
 def tensor_names(layers: int) -> list[str]:
@@ -23,32 +20,35 @@ def tensor_names(layers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class KVTensors:
-    """Keys and values of some tokens, in all layers.
+    """Keys and values of some tokens in all layers: copies of cache blocks, bit for bit.
 
     Attributes:
-        dtype: a key of `DTYPES`.
+        layout: how a block lies in memory, as text; blocks fit only a cache of the same layout.
+        dtype: precision of the keys: "f32", "f16", "bf16", "u8", ...
+        block_size: tokens per block.
         arrays: keys and values of the first layer, then of the second, and so on; each of shape
-            [kv_heads, tokens, head_dim].
-        exact: whether they equal the engine's own keys and values bit for bit.
+            [blocks, bytes of a block], uint8.
     """
 
+    layout: str
     dtype: str
-    arrays: tuple[NDArray[Any], ...]
-    exact: bool = True
+    block_size: int
+    arrays: tuple[NDArray[np.uint8], ...]
+
+    @classmethod
+    def empty(cls) -> KVTensors:
+        """No blocks."""
+        return cls("", "", 0, ())
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return int(self.arrays[0].shape[1]) if self.arrays else 0
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.arrays[0].shape[0]) if self.arrays else 0
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return sum(array.nbytes for array in self.arrays)
-
-    def first(self, tokens: int) -> KVTensors:
-        """The first tokens, as views."""
-        return KVTensors(self.dtype, tuple(array[:, :tokens] for array in self.arrays), self.exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,8 @@ class KVEntry:
     """Keys and values of a sequence from its first position on.
 
     Attributes:
-        ids: token ids, int64, shape [tokens].
-        tensors: keys and values of the same number of tokens.
+        ids: token ids, int64, shape [tokens]; the last block may have room for more.
+        tensors: the blocks that hold their keys and values.
         long_rope: whether the keys were rotated with the long factors of a LongRoPE model.
     """
 
@@ -68,4 +68,4 @@ class KVEntry:
     @classmethod
     def empty(cls) -> KVEntry:
         """No tokens."""
-        return cls(np.empty(0, dtype=np.int64), KVTensors("F16", ()))
+        return cls(np.empty(0, dtype=np.int64), KVTensors.empty())

@@ -6,6 +6,9 @@ header, then the tensors one after another. Any tool that reads safetensors open
 safetensors package: its writer needs all tensors in memory at once, its reader copies them, and the contents of these
 files are so restricted that the complete tensor table can be computed and compared.
 
+Version 2 holds blocks of a paged cache, byte by byte. Version 1 held keys and values as arrays of numbers; such a file
+is still read, without them: its ids are prefilled again.
+
 The reader does not trust the file: lengths are checked against the file's size before anything is read, the header is
 parsed only if it is short, and no tensor is returned before all checksums match.
 """
@@ -28,7 +31,7 @@ import numpy as np
 
 from ov_phi3.errors import SnapshotError
 from ov_phi3.files import expanded, write_atomically
-from ov_phi3.kv.entry import DTYPES, KVEntry, KVTensors, tensor_names
+from ov_phi3.kv.entry import KVEntry, KVTensors, tensor_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,14 +39,22 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "VERSION", "Snapshot", "read", "write"]
 
 FORMAT = "ov_phi3-kv"
-VERSION = 1
+VERSION = 2
+"""The format that is written; older ones are read too."""
 
 _MAX_HEADER = 2**20  # bytes; the header of a model with 1,000 layers has a quarter of that
 _MAX_CONVERSATION = 16 * 2**20
 _MAX_NUMBER = 2**40
-_NUMBERS = ("version", "ids", "tokens", "layers", "kv_heads", "head_dim", "conversation_bytes")
 _KINDS = ("prefix", "chat")
 _ITEMS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U32": 4, "U8": 1}
+_COMMON_SIZES = ("version", "ids", "tokens", "layers", "conversation_bytes")
+_SIZES = {
+    1: (*_COMMON_SIZES, "kv_heads", "head_dim"),
+    2: (*_COMMON_SIZES, "blocks", "block_size", "key_bytes", "value_bytes"),
+}
+"""Version -> the sizes in its metadata."""
+_V1_TYPES = ("F32", "F16", "BF16")
+_TEXTS = ("format", "kind", "dtype", "layout", "exact", "past_boundary")
 
 
 @dataclass(frozen=True)
@@ -112,40 +123,46 @@ def _write_tensors(file: IO[bytes], snapshot: Snapshot, conversation: bytes) -> 
 def _header(snapshot: Snapshot, conversation: int) -> bytes:
     """Length and JSON of the header, padded so that the tensors begin at a multiple of 64 bytes."""
     tensors = snapshot.entry.tensors
-    shape = tensors.arrays[0].shape if tensors.arrays else (0, 0, 0)
-    numbers = {
+    widths = [array.shape[1] for array in tensors.arrays[:2]] or [0, 0]
+    sizes = {
         "version": VERSION,
         "ids": len(snapshot.ids),
-        "tokens": tensors.tokens,
+        "tokens": len(snapshot.entry.ids),
         "layers": len(tensors.arrays) // 2,
-        "kv_heads": shape[0],
-        "head_dim": shape[2],
         "conversation_bytes": conversation,
+        "blocks": tensors.blocks,
+        "block_size": tensors.block_size,
+        "key_bytes": widths[0],
+        "value_bytes": widths[1],
     }
     metadata = {
         "format": FORMAT,
-        **{name: str(numbers[name]) for name in _NUMBERS},
+        **{name: str(sizes[name]) for name in _SIZES[VERSION]},
         "kind": snapshot.kind,
         "dtype": tensors.dtype,
-        "exact": str(tensors.exact).lower(),
+        "layout": tensors.layout,
         "past_boundary": str(snapshot.entry.long_rope).lower(),
         **snapshot.fingerprint,
     }
-    text = json.dumps({"__metadata__": metadata, **_table(numbers, tensors.dtype)}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": metadata, **_table(sizes, tensors.dtype)}, separators=(",", ":"))
     raw = text.encode()
     raw += b" " * (-(len(raw) + 8) % 64)
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _table(numbers: Mapping[str, int], dtype: str) -> dict[str, dict[str, Any]]:
+def _table(sizes: Mapping[str, int], dtype: str) -> dict[str, dict[str, Any]]:
     """The tensor table that follows from the metadata."""
-    kv = [numbers["kv_heads"], numbers["tokens"], numbers["head_dim"]]
-    layers = tensor_names(numbers["layers"])
+    names = tensor_names(sizes["layers"])
+    if sizes["version"] == 1:
+        kv = [(name, dtype, [sizes["kv_heads"], sizes["tokens"], sizes["head_dim"]]) for name in names]
+    else:
+        widths = {"key": sizes["key_bytes"], "value": sizes["value_bytes"]}
+        kv = [(name, "U8", [sizes["blocks"], widths[name.rpartition(".")[2]]]) for name in names]
     entries: list[tuple[str, str, list[int]]] = [
-        ("token_ids", "I64", [numbers["ids"]]),
-        *((name, dtype, kv) for name in layers),
-        ("checksums", "U32", [len(layers) + 2]),
-        ("conversation", "U8", [numbers["conversation_bytes"]]),
+        ("token_ids", "I64", [sizes["ids"]]),
+        *kv,
+        ("checksums", "U32", [len(names) + 2]),
+        ("conversation", "U8", [sizes["conversation_bytes"]]),
         ("header_sha256", "U8", [32]),
     ]
     table = {}
@@ -182,8 +199,8 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
     if not 2 <= length <= min(_MAX_HEADER, len(data) - 8):
         raise SnapshotError(f"{target} is not a snapshot: it does not begin with the header of one.")
     header, metadata = _parse_header(data[8 : 8 + length], target)
-    numbers, dtype = _read_sizes(metadata, target)
-    table = _table(numbers, dtype)
+    sizes, dtype = _read_sizes(metadata, target)
+    table = _table(sizes, dtype)
     expected = 8 + length + table["header_sha256"]["data_offsets"][1]
     if len(data) != expected:
         change = "cut off" if len(data) < expected else "longer than it was written"
@@ -197,7 +214,7 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
         for name, entry in table.items()
     }
     _check_sums(views, target, tensors=verify)
-    return _snapshot(metadata, numbers, dtype, views, target, len(data))
+    return _snapshot(metadata, sizes, views, target, len(data))
 
 
 def _map_file(target: Path) -> memoryview:
@@ -232,22 +249,30 @@ def _parse_header(raw: memoryview, target: Path) -> tuple[Mapping[str, Any], Map
 
 
 def _read_sizes(metadata: Mapping[str, str], target: Path) -> tuple[dict[str, int], str]:
-    """The sizes in the metadata, and the type of the tensors."""
-    numbers = {}
-    for name in _NUMBERS:
-        text = metadata.get(name, "")
-        if not (text.isascii() and text.isdecimal() and len(text) < 14 and int(text) < _MAX_NUMBER):
-            raise _damaged(target, f"its header, where {name} is {text[:40]!r}")
-        numbers[name] = int(text)
-        if name == "version" and numbers[name] > VERSION:
-            raise SnapshotError(
-                f"{target} is of a newer format ({numbers[name]}) than this ov_phi3 reads ({VERSION}); update ov_phi3, "
-                "or build it again."
-            )
+    """The sizes in the metadata, and the type of the keys and values."""
+    version = _read_size(metadata, "version", target)
+    if version > VERSION:
+        raise SnapshotError(
+            f"{target} is of a newer format ({version}) than this ov_phi3 reads ({VERSION}); update ov_phi3, or build "
+            "it again."
+        )
+    sizes = {name: _read_size(metadata, name, target) for name in _SIZES.get(version, _COMMON_SIZES)}
     dtype = metadata.get("dtype", "")
-    if dtype not in DTYPES or not numbers["tokens"] <= numbers["ids"] or 2 * numbers["layers"] > _MAX_HEADER // 64:
+    consistent = sizes["tokens"] <= sizes["ids"] and 2 * sizes["layers"] <= _MAX_HEADER // 64
+    if version == 1:
+        consistent = consistent and dtype in _V1_TYPES
+    else:
+        consistent = consistent and version == VERSION and sizes["tokens"] <= sizes["blocks"] * sizes["block_size"]
+    if not consistent:
         raise _damaged(target, "its header, whose sizes contradict each other")
-    return numbers, dtype
+    return sizes, dtype
+
+
+def _read_size(metadata: Mapping[str, str], name: str, target: Path) -> int:
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 14 and int(text) < _MAX_NUMBER):
+        raise _damaged(target, f"its header, where {name} is {text[:40]!r}")
+    return int(text)
 
 
 def _check_sums(views: Mapping[str, memoryview], target: Path, *, tensors: bool) -> None:
@@ -260,22 +285,16 @@ def _check_sums(views: Mapping[str, memoryview], target: Path, *, tensors: bool)
 
 
 def _snapshot(
-    metadata: Mapping[str, str],
-    numbers: Mapping[str, int],
-    dtype: str,
-    views: Mapping[str, memoryview],
-    target: Path,
-    size: int,
+    metadata: Mapping[str, str], sizes: Mapping[str, int], views: Mapping[str, memoryview], target: Path, size: int
 ) -> Snapshot:
     ids = np.frombuffer(views["token_ids"], dtype="<i8").astype(np.int64)
-    shape = (numbers["kv_heads"], numbers["tokens"], numbers["head_dim"])
-    arrays = tuple(np.frombuffer(views[n], dtype=DTYPES[dtype]).reshape(shape) for n in tensor_names(numbers["layers"]))
-    entry = KVEntry(
-        ids[: numbers["tokens"]],
-        KVTensors(dtype, arrays, metadata.get("exact") == "true"),
-        metadata.get("past_boundary") == "true",
-    )
-    known = {"format", "kind", "dtype", "exact", "past_boundary", *_NUMBERS}
+    tensors = KVTensors.empty()
+    if sizes["version"] > 1:
+        arrays = [np.frombuffer(views[name], dtype=np.uint8) for name in tensor_names(sizes["layers"])]
+        blocks = tuple(array.reshape(sizes["blocks"], -1) for array in arrays)
+        tensors = KVTensors(metadata.get("layout", ""), metadata["dtype"], sizes["block_size"], blocks)
+    entry = KVEntry(ids[: sizes["tokens"]], tensors, metadata.get("past_boundary") == "true")
+    known = {*_TEXTS, *_SIZES[sizes["version"]]}
     fingerprint = {key: text for key, text in metadata.items() if key not in known}
     return Snapshot(metadata["kind"], fingerprint, ids, entry, _conversation(metadata, views, target), size)
 

@@ -1,0 +1,212 @@
+"""`backend="infer_request"`: our own engine behind the protocol of all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.backends.paged.engine import PagedEngine
+from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
+from ov_phi3.backends.paged.model_runner import ModelRunner
+from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis
+from ov_phi3.errors import ConfigError, GenerationError
+from ov_phi3.system.core import never_freed_in_children
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.backends.protocol import Backend, LoadRequest, Request, TokenSink
+    from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.kv.entry import KVEntry
+    from ov_phi3.system.devices import DeviceInfo
+
+__all__ = ["CAPABILITIES", "PagedBackend", "PagedBackendSpec"]
+
+CAPABILITIES = Capabilities(
+    "infer_request", saves_kv=True, scores=True, cancels_within_pass=True, batches=True, schedules=True
+)
+
+_UNSUPPORTED = {
+    "num_beams": "beam search",
+    "json_schema": "structured output",
+    "regex": "structured output",
+    "grammar": "structured output",
+    "num_assistant_tokens": "speculative decoding",
+    "assistant_confidence_threshold": "speculative decoding",
+}
+_FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config")
+_FIRST_TOKENS = 1024  # of a cache that grows
+
+
+class PagedBackendSpec:
+    """`backend="infer_request"` before a model is loaded."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a loaded model can do."""
+        return CAPABILITIES
+
+    def resolve_properties(self, device: DeviceInfo, properties: Mapping[str, Any]) -> dict[str, Any]:
+        """The properties as they are, if they are for a compiled model.
+
+        Raises:
+            ConfigError: a property of `LLMPipeline`, or a device without paged attention.
+        """
+        if device.kind == "NPU":
+            raise ConfigError(f"backend='infer_request' runs on CPUs and GPUs, not on {device.name}.")
+        for key in _FOREIGN_PROPERTIES:
+            if key in properties:
+                raise ConfigError(f"ov_config key {key!r} belongs to backend='llm_pipeline'; leave it out.")
+        attention = str(properties.get("ATTENTION_BACKEND", "PA")).upper()
+        if attention != "PA":
+            raise ConfigError(f"ATTENTION_BACKEND={attention} belongs to backend='llm_pipeline'; leave it out.")
+        return {key: value for key, value in properties.items() if key != "ATTENTION_BACKEND"}
+
+    def check_concurrency(self, request: LoadRequest) -> None:  # noqa: ARG002
+        """None: any model can run several requests at once."""
+        return
+
+    def open(self, request: LoadRequest) -> PagedBackend:
+        """Load the model."""
+        return PagedBackend(request)
+
+    def fallback(self, request: LoadRequest, reason: str) -> None:  # noqa: ARG002
+        """None."""
+        return
+
+
+class PagedBackend:
+    """One model on our own engine.
+
+    Args:
+        request: what to load.
+
+    Attributes:
+        warnings: sentences about what works, but not as it should.
+    """
+
+    needs_whole_prompts = False
+    block_size = 1  # of the prefix index: matches are exact to the token
+    growable = True
+
+    def __init__(self, request: LoadRequest) -> None:
+        never_freed_in_children(self)
+        self.warnings: list[str] = []
+        info, window = request.info, request.kv.context_length
+        boundary = info.rope_boundary
+        self._boundary = boundary if boundary is not None and boundary < window else None
+        self._capacity = request.kv.capacity or window * request.concurrency
+        fixed = bool(request.kv.capacity)
+        first = self._capacity if fixed else min(self._capacity, _FIRST_TOKENS)
+        runner = ModelRunner(
+            info.path,
+            request.device.name,
+            request.properties,
+            num_blocks=lambda size: -(-first // size) + 1,
+            rope_boundary=self._boundary,
+        )
+        most = -(-self._capacity // runner.block_size) + request.concurrency
+        self._runner = runner
+        self._engine = PagedEngine(
+            runner, rope_boundary=self._boundary, chunk=request.max_step_tokens, max_blocks=0 if fixed else most
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        return CAPABILITIES
+
+    @property
+    def kv_layout(self) -> str:
+        """How the blocks of its cache lie in memory."""
+        return self._runner.kv_layout
+
+    def unsupported(self, config: GenerationConfig) -> str | None:
+        """Beam search, structured output and speculation."""
+        for name, what in _UNSUPPORTED.items():
+            value = getattr(config, name)
+            if value is not None and not (name == "num_beams" and value == 1):
+                return f"{what} ({name}) is not in backend='infer_request'; load with backend='llm_pipeline' for it."
+        if config.is_multi_sequence and config.top_logprobs is not None:
+            return "top_logprobs is for one reply; num_return_sequences gives each reply's score."
+        return None
+
+    def uses_prefix_cache(self, request: Request) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
+    # -- the prefix index --------------------------------------------------------------------------------------------
+
+    @property
+    def prefix_index(self) -> PagedBackend:
+        """Itself: the contents of the cache are known exactly."""
+        return self
+
+    @property
+    def capacity(self) -> int:
+        """Number of tokens that the cache has room for."""
+        return self._capacity
+
+    def match(self, ids: NDArray[np.int64], namespace: bytes = b"", *, isolated: bool = False) -> int:  # noqa: ARG002
+        """Prompt tokens that are cached, without the last one. Which side of LongRoPE follows from their number."""
+        return self._engine.match(ids, isolated=isolated)
+
+    def commit(self, *_: object, **__: object) -> None:
+        """Nothing: the block manager records the contents."""
+
+    def invalidate(self) -> None:
+        """Nothing: after a failure the engine gives up the blocks itself."""
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def generate(self, request: Request, sink: TokenSink) -> BackendReport:
+        """Stream one reply."""
+        group = ReplyGroup(request, sink, self._boundary)
+        self._engine.run(group)
+        return group.report()
+
+    def generate_n(self, request: Request) -> list[Hypothesis]:
+        """Several samples of one prompt, which is computed once."""
+        config = request.config.replace(top_logprobs=0)
+        group = SampleGroup(replace(request, config=config), self._boundary)
+        self._engine.run(group)
+        return group.hypotheses()
+
+    def score(self, request: Request, start: int, on_progress: Callable[[int], bool], chunk: int) -> list[float]:  # noqa: ARG002
+        """Log-probabilities of the request's ids from `start` on, each given all ids before it."""
+        total = len(request.ids)
+        group = ScoreGroup(
+            replace(request, on_progress=lambda done, _: on_progress(min(done, total))), start, self._boundary
+        )
+        try:
+            self._engine.run(group)
+        except Cancelled:
+            return []
+        return group.logprobs
+
+    def compute_kv(self, request: Request) -> KVEntry:
+        """The keys and values of the request's ids, those that are not cached computed first."""
+        group = PrefillGroup(request, self._boundary)
+        self._engine.run(group)
+        if group.entry is None:
+            raise GenerationError("the engine no longer has the keys and values that it just computed.")
+        return group.entry
+
+    def import_kv(self, entry: KVEntry) -> None:
+        """Let requests start from an entry for as long as it is referenced elsewhere."""
+        self._engine.add_entry(entry)
+
+    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> None:  # noqa: ARG002
+        """None: this backend has no Jinja interpreter, and GenAI's needs the memory of its tokenizer."""
+        return
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()
+
+
+def _check_protocol(backend: PagedBackend) -> Backend:
+    return backend  # mypy holds the class against the protocol here

@@ -1,0 +1,383 @@
+"""The engine: one thread that steps while there is work.
+
+A step reads as a sentence: schedule, run, deliver. Callers add groups from any thread and wait for them; only the owner
+thread touches sequences, the scheduler and the compiled model. The interpreter's lock is free during a pass. The thread
+ends when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ov_phi3.backends.paged.block_manager import BlockManager, PrefixMatch
+from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner, ScheduledTokens
+from ov_phi3.backends.paged.pace import Pace
+from ov_phi3.backends.paged.scheduler import OutOfBlocks, Scheduler
+from ov_phi3.backends.paged.sequence import Sequence
+from ov_phi3.backends.protocol import Cancelled
+from ov_phi3.backends.request_queue import mark_engine_thread
+from ov_phi3.kv.entry import KVEntry
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.backends.paged.group import Group
+
+__all__ = ["PagedEngine"]
+
+
+class PagedEngine:
+    """Runs groups on one compiled model.
+
+    Args:
+        runner: the compiled model and its cache.
+        rope_boundary: see `ModelInfo.rope_boundary`; None if the boundary cannot be reached.
+        chunk: most prefill tokens in a step; 0 for whole prompts.
+        max_blocks: blocks that the cache may grow to.
+
+    Attributes:
+        blocks: the block manager.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, *, rope_boundary: int | None = None, chunk: int = 0, max_blocks: int = 0
+    ) -> None:
+        self._runner = runner
+        self._boundary = rope_boundary
+        self._max_blocks = SCRATCH_BLOCKS + max_blocks
+        self.blocks = BlockManager(runner.pool.num_blocks, runner.block_size, reserved=SCRATCH_BLOCKS)
+        self._scheduler = Scheduler(self.blocks, admit=self._admit, copy=runner.pool.copy, grow=self._grow, chunk=chunk)
+        self._pace = Pace()
+        self._entries: weakref.WeakSet[KVEntry] = weakref.WeakSet()
+        self._inbox: deque[Group] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    # -- for callers in any thread -----------------------------------------------------------------------------------
+
+    def run(self, group: Group) -> None:
+        """Add a group and wait until it has finished.
+
+        Raises:
+            BaseException: what ended it.
+        """
+        with self._lock:
+            self._inbox.append(group)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ov_phi3-engine", daemon=True)
+                self._thread.start()
+        group.wait()
+
+    def match(self, ids: NDArray[np.int64], *, isolated: bool = False) -> int:
+        """Tokens of a prompt that are cached, its last one left out."""
+        sequence = Sequence(ids, self._boundary)
+        matching = self._matching_entries(ids, sequence.is_long, isolated, len(ids) - 1)
+        in_entries = max((tokens for _, tokens in matching), default=0)
+        return max(in_entries, 0 if isolated else self.blocks.match(ids, sequence.root).tokens)
+
+    def add_entry(self, entry: KVEntry) -> None:
+        """Let groups start from an entry for as long as it is referenced elsewhere."""
+        self._entries.add(entry)
+
+    def close(self) -> None:
+        """Wait for the thread to end, and free the model. No group may be running."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._runner.close()
+
+    # -- the owner thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        mark_engine_thread()
+        while self._take_in():
+            self._step()
+        self.check()
+
+    def _take_in(self) -> bool:
+        """Take in new groups; False if nothing is left to do, so that the thread ends."""
+        with self._lock:
+            while self._inbox:
+                self._scheduler.add(self._inbox.popleft())
+            if not self._scheduler.groups:
+                self._thread = None
+                return False
+            return True
+
+    def _step(self) -> None:
+        """Schedule, run, deliver."""
+        self._drop_unwanted()
+        try:
+            step = self._scheduler.schedule(self._pace.prefill_budget)
+        except OutOfBlocks as exc:
+            self._end(self._scheduler.running[-1], exc)
+            return
+        except Exception as exc:  # noqa: BLE001 - whatever fails here must not leave callers waiting
+            self._end_all(exc)
+            return
+        self._end_finished()  # a prefill that was cached as a whole
+        step = [part for part in step if part[0] in self._scheduler.running]
+        if not step:
+            return
+        parts = [part for _, part in step]
+        groups = list(dict.fromkeys(group for group, _ in step))
+        began = time.perf_counter()
+        try:
+            logits = self._runner.run(parts, lambda: any(_is_wanted(group) for group in groups))
+        except Cancelled:
+            self._undo(parts)
+            return
+        except BaseException as exc:  # noqa: BLE001 - reported to the callers
+            self._undo(parts)
+            for group in groups:
+                group.finish(exc)
+            self._end_finished()
+            return
+        self._pace.note(parts, time.perf_counter() - began)
+        self._deliver(step, logits)
+
+    def _drop_unwanted(self) -> None:
+        """End the groups whose callers do not wait any more."""
+        for group in self._scheduler.groups:
+            try:
+                if not group.wanted:
+                    group.abandon()
+            except BaseException as exc:  # noqa: BLE001 - raised by a callback, reported to its caller
+                group.finish(exc)
+        self._end_finished()
+
+    def _deliver(self, step: list[tuple[Group, ScheduledTokens]], logits: NDArray[np.float32]) -> None:
+        """Note what is cached now, and give every group the logits that it wanted."""
+        rows: dict[Group, list[tuple[Sequence, NDArray[np.float32]]]] = {}
+        prefilled: list[Group] = []
+        at = 0
+        for group, part in step:
+            wanted = len(part.rows)
+            if wanted:
+                rows.setdefault(group, []).append((part.sequence, logits[at : at + wanted]))
+            elif group not in prefilled:
+                prefilled.append(group)
+            at += wanted
+            part.sequence.cached_long = part.sequence.is_long
+            part.sequence.num_cached += part.count
+            self._register_full_blocks(part.sequence)
+        for group in prefilled:
+            self._guard(group, group.report_progress)
+        for group, logits_of in rows.items():
+            self._guard(group, partial(group.advance, logits_of, partial(self._fork, group)))
+        self._end_finished()
+        for group in rows:
+            if group in self._scheduler.running:
+                self._recompute_crossed(group)
+
+    @staticmethod
+    def _guard(group: Group, action: Callable[[], object]) -> None:
+        """Run something that calls the caller's code; what it raises ends that group only."""
+        try:
+            action()
+        except BaseException as exc:  # noqa: BLE001 - reported to the caller
+            group.finish(exc)
+
+    def _recompute_crossed(self, group: Group) -> None:
+        """Compute the sequences again that have crossed the LongRoPE boundary."""
+        for sequence in group.sequences:
+            if sequence.has_crossed:
+                self.blocks.release(sequence.forget_cache())
+                self._match_blocks(sequence, len(sequence) - 1)
+                group.recomputed_tokens += len(sequence) - sequence.num_cached
+
+    def _fork(self, group: Group, sequence: Sequence) -> Sequence:
+        """A copy of a group's sequence that shares its blocks."""
+        copy = sequence.fork()
+        self.blocks.acquire(copy.blocks)
+        group.all_sequences.append(copy)
+        return copy
+
+    def _read(self, sequence: Sequence) -> KVEntry:
+        """A copy of the keys and values of a sequence."""
+        blocks = sequence.blocks[: -(-sequence.num_cached // self.blocks.block_size)]
+        ids = np.array(sequence.ids[: sequence.num_cached])
+        return KVEntry(ids, self._runner.kv_tensors(blocks), sequence.is_long)
+
+    # -- the cache ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, group: Group) -> None:
+        """Find what is cached of a group that starts, or starts again."""
+        first = group.reused_tokens is None
+        for sequence in group.sequences:
+            limit = group.match_limit if first else len(sequence) - 1
+            isolated = group.request.isolated and first
+            self._restore_entry(sequence, isolated, limit)
+            if not isolated or sequence.num_cached == 0:
+                self._match_blocks(sequence, 0 if isolated else limit)
+        if first:
+            group.reused_tokens = group.prompt.num_cached
+            self._guard(group, group.report_progress)
+            if not group.prompt.num_uncached:
+                group.finish()
+
+    def _match_blocks(self, sequence: Sequence, limit: int) -> None:
+        """Share the cached blocks that a sequence begins with, if they are more than it has."""
+        if limit <= sequence.num_cached:
+            return
+        match = self.blocks.match_and_acquire(sequence.ids, sequence.root, limit=limit)
+        held = [*match.blocks, *(() if match.partial is None else (match.partial,))]
+        if match.tokens <= sequence.num_cached:
+            self.blocks.release(held)
+            return
+        self.blocks.release(sequence.forget_cache())
+        sequence.blocks = list(match.blocks)
+        sequence.num_cached = len(match.blocks) * self.blocks.block_size
+        sequence.cached_long = sequence.is_long
+        if match.partial is not None:
+            self._take_partial(sequence, match)
+        self._register_full_blocks(sequence)
+
+    def _take_partial(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """Continue in a block of another sequence: in the block itself if nobody else needs it, else in a copy."""
+        assert match.partial is not None
+        block: int | None = match.partial
+        inside = match.tokens - sequence.num_cached
+        if self.blocks.is_shared(match.partial) or self.blocks.tokens_in(match.partial) != inside:
+            block = self.blocks.allocate()
+            if block is not None:
+                self._runner.pool.copy(match.partial, block)
+            self.blocks.release([match.partial])
+        if block is not None:
+            sequence.blocks.append(block)
+            sequence.num_cached = match.tokens
+
+    def _restore_entry(self, sequence: Sequence, isolated: bool, limit: int) -> None:
+        """Write the entry with the longest common beginning into blocks, if it is longer than what the blocks hold."""
+        if limit < 1:
+            return
+        in_blocks = 0 if isolated else self.blocks.match(sequence.ids, sequence.root, limit=limit).tokens
+        candidates = self._matching_entries(sequence.ids, sequence.is_long, isolated, limit)
+        entry, tokens = max(candidates, key=lambda found: found[1], default=(None, 0))
+        if entry is None or tokens <= in_blocks:
+            return
+        count = -(-tokens // self.blocks.block_size)
+        blocks: list[int] = []
+        while len(blocks) < count and (block := self.blocks.allocate()) is not None:
+            blocks.append(block)
+        if len(blocks) < count:
+            self.blocks.release(blocks)
+            return
+        self._runner.pool.write(blocks, [array[:count] for array in entry.tensors.arrays])
+        sequence.blocks, sequence.num_cached, sequence.cached_long = blocks, tokens, sequence.is_long
+        if not isolated:
+            self._register_full_blocks(sequence)
+
+    def _matching_entries(
+        self, ids: NDArray[np.int64], long_rope: bool, isolated: bool, limit: int
+    ) -> list[tuple[KVEntry, int]]:
+        """Entries that share a beginning with a sequence, and its length; if isolated, only whole ones."""
+        matching = []
+        for entry in list(self._entries):
+            if entry.long_rope != long_rope:
+                continue
+            common = min(_common(entry.ids, ids), limit)
+            if common and (not isolated or common >= len(entry.ids) - 1):
+                matching.append((entry, common))
+        return matching
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        size = self.blocks.block_size
+        while len(sequence.keys) < sequence.num_cached // size:
+            index = len(sequence.keys)
+            before = sequence.keys[-1] if sequence.keys else sequence.root
+            ids = sequence.ids[index * size : (index + 1) * size]
+            sequence.keys.append(self.blocks.register(sequence.blocks[index], before, ids))
+
+    def _register_last_block(self, sequence: Sequence) -> None:
+        """Register the partial block at the end of a sequence that has ended."""
+        size = self.blocks.block_size
+        index = sequence.num_cached // size
+        if sequence.num_cached % size and index < len(sequence.blocks) and len(sequence.keys) == index:
+            before = sequence.keys[-1] if sequence.keys else sequence.root
+            ids = sequence.ids[index * size : sequence.num_cached]
+            if not self.blocks.is_shared(sequence.blocks[index]):
+                self.blocks.register(sequence.blocks[index], before, ids)
+
+    def _grow(self) -> bool:
+        """Double the cache, up to its limit."""
+        before = self._runner.pool.num_blocks
+        wanted = min(2 * before, self._max_blocks)
+        if wanted <= before:
+            return False
+        self._runner.grow(wanted)
+        self.blocks.grow(wanted)
+        return True
+
+    def _undo(self, parts: list[ScheduledTokens]) -> None:
+        """After a pass that did not end: give up the blocks that it wrote to, whose contents are unknown."""
+        size = self.blocks.block_size
+        for part in parts:
+            sequence = part.sequence
+            whole = sequence.num_cached // size
+            self.blocks.forget(sequence.blocks[whole:])
+            sequence.num_cached = whole * size
+            del sequence.keys[whole:]
+
+    # -- the end of groups -------------------------------------------------------------------------------------------
+
+    def _end_finished(self) -> None:
+        """Release the sequences that need nothing any more, and remove the groups that have finished."""
+        for group in self._scheduler.groups:
+            if not group.sequences and group.error is None:
+                self._guard(group, partial(group.before_release, self._read))
+            self._release_ended(group)
+            if not group.sequences:
+                self._scheduler.remove(group)
+                group.notify()
+
+    def _end(self, group: Group, error: BaseException | None) -> None:
+        group.finish(error)
+        self._end_finished()
+
+    def _release_ended(self, group: Group) -> None:
+        """Release the blocks of the sequences that a group does not continue."""
+        for sequence in group.take_ended():
+            if not sequence.has_crossed:
+                self._register_full_blocks(sequence)
+                self._register_last_block(sequence)
+            self.blocks.release(sequence.forget_cache())
+
+    def _end_all(self, error: BaseException) -> None:
+        for group in self._scheduler.groups:
+            group.finish(error)
+        self._end_finished()
+
+    def check(self) -> None:
+        """Check the invariants of the block manager.
+
+        Raises:
+            AssertionError: one is violated.
+        """
+        with self._lock:
+            if self._thread is None:
+                tables = [sequence.blocks for group in self._scheduler.groups for sequence in group.all_sequences]
+                self.blocks.check(tables)
+
+
+def _is_wanted(group: Group) -> bool:
+    try:
+        return group.wanted
+    except BaseException:  # noqa: BLE001 - raised again, to the caller, between two steps
+        return False
+
+
+def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """Length of the common beginning of two sequences."""
+    length = min(len(one), len(other))
+    different = one[:length] != other[:length]
+    return int(different.argmax()) if different.any() else length

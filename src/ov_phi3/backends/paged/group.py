@@ -1,0 +1,288 @@
+"""What the engine computes for one request: one sequence, or several that start from the same prompt.
+
+A group decides which logits it needs, turns them into tokens and delivers these. It knows nothing of blocks, of other
+groups or of the order in which they run.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ov_phi3.backends.paged.sequence import Sequence
+from ov_phi3.backends.protocol import BackendReport, Cancelled, Hypothesis
+from ov_phi3.backends.sampling import Sampler, log_softmax
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.backends.protocol import Request, TokenSink
+    from ov_phi3.kv.entry import KVEntry
+
+__all__ = ["Fork", "Group", "PrefillGroup", "ReplyGroup", "SampleGroup", "ScoreGroup"]
+
+Fork = Callable[[Sequence], Sequence]
+"""Makes a copy of a sequence that shares its blocks."""
+
+_SEEDS_APART = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+_SCORED_PER_PASS = 256  # rows of logits per step: 50 MB with a vocabulary of 49,152
+_SCORED_AT_ONCE = 64  # rows converted to float64 together, which doubles their size
+
+
+class Group:
+    """A request in the engine.
+
+    Args:
+        request: the request.
+        rope_boundary: see `Sequence`.
+
+    Attributes:
+        request: see above.
+        prompt: the sequence that starts with the prompt.
+        sequences: the sequences that still need tokens computed.
+        all_sequences: these, and those that have ended but still hold blocks.
+        reused_tokens: prompt tokens that were found in the cache; None before the request was first scheduled.
+        recomputed_tokens: tokens computed a second time, after a LongRoPE crossing.
+        max_chunk: most tokens of one sequence in a step; 0 for any number.
+        error: what ended it, when it failed.
+    """
+
+    max_chunk = 0
+
+    def __init__(self, request: Request, rope_boundary: int | None = None) -> None:
+        self.request = request
+        self.prompt = Sequence(request.ids, rope_boundary)
+        self.sequences = [self.prompt]
+        self.all_sequences = [self.prompt]
+        self.reused_tokens: int | None = None
+        self.recomputed_tokens = 0
+        self.error: BaseException | None = None
+        self._finished = threading.Lock()  # closed until the group has finished; one C call, safe under Ctrl-C
+        self._finished.acquire()
+
+    # -- for the caller that waits -----------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Wait until the group has finished.
+
+        Raises:
+            BaseException: what ended it.
+        """
+        self._finished.acquire()
+        self._finished.release()
+        if self.error is not None:
+            raise self.error
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the group: none of its sequences continues. The first error counts."""
+        self.error = self.error or error
+        self.sequences = []
+
+    def notify(self) -> None:
+        """Wake the caller, after the blocks of the group were released, so that its next request can match them."""
+        if self._finished.locked():
+            self._finished.release()
+
+    def before_release(self, read: Callable[[Sequence], KVEntry]) -> None:
+        """Called when it has finished without an error, before its blocks are released."""
+
+    def take_ended(self) -> list[Sequence]:
+        """The sequences that have ended since the last call."""
+        ended = [sequence for sequence in self.all_sequences if sequence not in self.sequences]
+        self.all_sequences = list(self.sequences)
+        return ended
+
+    # -- for the engine ----------------------------------------------------------------------------------------------
+
+    @property
+    def match_limit(self) -> int:
+        """Most prompt tokens that may come from the cache: all but the last, which is computed for its logits."""
+        return len(self.prompt) - 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for it."""
+        return self.request.should_continue is None or self.request.should_continue()
+
+    def report_progress(self) -> bool:
+        """Report how much of the prompt is prefilled; returns whether to continue."""
+        on_progress = self.request.on_progress
+        total = self.prompt.num_prompt
+        return on_progress is None or on_progress(min(self.prompt.num_cached, total), total)
+
+    def abandon(self) -> None:
+        """End a group that is not wanted any more."""
+        self.finish(Cancelled())
+
+    def rows(self, sequence: Sequence, count: int) -> tuple[int, ...]:
+        """Which of the next `count` tokens of a sequence need logits: the last one, if it is the sequence's last."""
+        return (count - 1,) if count == sequence.num_uncached else ()
+
+    def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
+        """Use the logits of a step: [rows, vocabulary] for each sequence that wanted some."""
+        raise NotImplementedError
+
+
+class ReplyGroup(Group):
+    """One reply, streamed token by token."""
+
+    def __init__(self, request: Request, sink: TokenSink, rope_boundary: int | None = None) -> None:
+        super().__init__(request, rope_boundary)
+        self._sink = sink
+        self._sampler = Sampler(request.config, request.ids, request.end_ids)
+        self._stop_ids = request.stop_ids
+        self._limit = request.config.max_new_tokens or 0
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._began
+        self._hit_limit = False
+
+    def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
+        """Choose the next token and deliver it."""
+        for sequence, logits in rows:
+            token = self._sampler.choose(logits[-1])
+            logprob = self._sampler.logprobs(logits[-1], token)
+            self._last = time.perf_counter()
+            if self._first is None:
+                self._first = self._last
+            sequence.append([token])
+            proceed = self._sink([token]) if logprob is None else self._sink([token], (logprob,))
+            made = len(sequence) - sequence.num_prompt
+            self._hit_limit = made >= self._limit and token not in self._stop_ids
+            if token in self._stop_ids or made >= self._limit or not proceed:
+                self.finish()
+
+    def abandon(self) -> None:
+        """End the reply with what has come; before its first token it is cancelled."""
+        self.finish(None if self._first is not None else Cancelled())
+
+    def report(self) -> BackendReport:
+        """What it took."""
+        made = len(self.prompt) - self.prompt.num_prompt
+        first = self._first
+        return BackendReport(
+            hit_limit=self._hit_limit,
+            ttft_ms=None if first is None else (first - self._began) * 1000.0,
+            tpot_ms=(self._last - first) * 1000.0 / (made - 1) if first is not None and made > 1 else None,
+            reused_tokens=self.reused_tokens,
+            recomputed_tokens=self.recomputed_tokens,
+            generated=self.prompt.generated,
+        )
+
+
+class PrefillGroup(Group):
+    """The keys and values of a prompt, and no reply.
+
+    Attributes:
+        entry: a copy of them, once it has finished.
+    """
+
+    entry: KVEntry | None = None
+
+    @property
+    def match_limit(self) -> int:
+        """All tokens."""
+        return len(self.prompt)
+
+    def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
+        """End: everything is computed."""
+        if rows:
+            self.finish()
+
+    def before_release(self, read: Callable[[Sequence], KVEntry]) -> None:
+        """Keep a copy."""
+        self.entry = read(self.prompt)
+
+
+class ScoreGroup(Group):
+    """Log-probabilities of a sequence's ids from `start` on.
+
+    Attributes:
+        logprobs: one for each id from `start` on, once it has finished.
+    """
+
+    max_chunk = _SCORED_PER_PASS
+
+    def __init__(self, request: Request, start: int, rope_boundary: int | None = None) -> None:
+        super().__init__(replace(request, ids=request.ids[:-1]), rope_boundary)  # the last id predicts nothing
+        self._ids = np.array(request.ids)
+        self._start = start
+        self.logprobs: list[float] = []
+
+    @property
+    def match_limit(self) -> int:
+        """The tokens before the one that predicts the first scored id."""
+        return self._start - 1
+
+    def rows(self, sequence: Sequence, count: int) -> tuple[int, ...]:
+        """The tokens that predict a scored one."""
+        return tuple(range(max(0, self._start - 1 - sequence.num_cached), count))
+
+    def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
+        """Look up the log-probabilities of the next ids."""
+        for sequence, logits in rows:
+            first = self._start + len(self.logprobs)
+            for at in range(0, len(logits), _SCORED_AT_ONCE):
+                batch = log_softmax(logits[at : at + _SCORED_AT_ONCE])
+                ids = self._ids[first + at : first + at + len(batch)]
+                self.logprobs += batch[np.arange(len(batch)), ids].tolist()
+            if not sequence.num_uncached:
+                self.finish()
+
+
+class SampleGroup(Group):
+    """Several samples of one prompt, as forks of its sequence: the prompt is computed once."""
+
+    def __init__(self, request: Request, rope_boundary: int | None = None) -> None:
+        super().__init__(request, rope_boundary)
+        count, seed = request.config.num_return_sequences or 1, request.config.seed or 0
+        self._samplers = [
+            Sampler(
+                request.config.replace(
+                    seed=(seed + index * _SEEDS_APART) % 2**64, num_return_sequences=1, top_logprobs=0
+                ),
+                request.ids,
+                request.end_ids,
+            )
+            for index in range(count)
+        ]
+        self._stop_ids = request.stop_ids
+        self._limit = request.config.max_new_tokens or 0
+        self._scores: list[float] = [0.0] * count
+        self._samples: list[Sequence] = []
+
+    def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
+        """Choose the next token of every sample; the first step makes the samples."""
+        if not self._samples:
+            (sequence, logits), *_ = rows
+            self._samples = [fork(sequence) for _ in self._samplers[1:]]
+            self._samples.insert(0, sequence)
+            self.sequences = list(self._samples)
+            rows = [(sample, logits) for sample in self._samples]
+        for sequence, logits in rows:
+            index = self._samples.index(sequence)
+            token = self._samplers[index].choose(logits[-1])
+            logprob = self._samplers[index].logprobs(logits[-1], token)
+            self._scores[index] += 0.0 if logprob is None else logprob.logprob
+            sequence.append([token])
+            if token in self._stop_ids or len(sequence) - sequence.num_prompt >= self._limit:
+                self.sequences.remove(sequence)
+        if not self.sequences:
+            self.finish()
+
+    def abandon(self) -> None:
+        """End the samples with what has come; before their first token they are cancelled."""
+        self.finish(None if self._samples else Cancelled())
+
+    def hypotheses(self) -> list[Hypothesis]:
+        """The samples, the most likely first; the score is the sum of the log-probabilities."""
+        hypotheses = []
+        for sequence, score in zip(self._samples, self._scores, strict=True):
+            ids = sequence.generated
+            hypotheses.append(Hypothesis(ids, score, len(ids) >= self._limit and ids[-1] not in self._stop_ids))
+        return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)

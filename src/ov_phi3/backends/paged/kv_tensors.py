@@ -1,0 +1,155 @@
+"""The tensors of the KV cache: allocated in the layout that the compiled model asks for, copied block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.system.core import import_openvino, shared_core
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["CachePort", "KVTensorPool", "cache_ports"]
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class CachePort:
+    """One cache input of the compiled model.
+
+    Attributes:
+        name: "key_cache.0", ...
+        type: its `openvino.Type`.
+        type_name: the same as text: "u8", "f16", ...
+        block_shape: shape of one block, as the plugin lays it out: scales included, keys transposed on a GPU.
+    """
+
+    name: str
+    type: Any
+    type_name: str
+    block_shape: tuple[int, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block in bytes."""
+        elements = 1
+        for length in self.block_shape:
+            elements *= length
+        return elements * int(self.type.bitwidth) // 8
+
+    def __str__(self) -> str:
+        return f"{self.type_name}[{','.join(map(str, self.block_shape))}]"
+
+
+def cache_ports(compiled: Any) -> list[CachePort]:
+    """The cache inputs of a compiled model: keys and values of the first layer, then of the second, and so on."""
+    ports = []
+    for port in compiled.inputs:
+        name = port.get_any_name()
+        if name.startswith(("key_cache.", "value_cache.")):
+            shape = tuple(int(length.get_length()) for length in list(port.partial_shape)[1:])
+            kind, _, layer = name.partition(".")
+            ports.append((int(layer), kind, CachePort(name, port.element_type, port.element_type.to_string(), shape)))
+    return [port for _, _, port in sorted(ports, key=lambda entry: entry[:2])]
+
+
+class KVTensorPool:
+    """Cache tensors for a number of blocks, and their contents as bytes.
+
+    On a CPU they are memory of this process, which the system provides when a block is first written. On a GPU they are
+    remote tensors of the device's context.
+
+    Args:
+        ports: the cache inputs.
+        device: an OpenVINO device name.
+        num_blocks: number of blocks.
+    """
+
+    def __init__(self, ports: Sequence[CachePort], device: str, num_blocks: int) -> None:
+        self._ports = tuple(ports)
+        self._context = None if device.startswith("CPU") else shared_core().get_default_context(device)
+        self.num_blocks = 0
+        self.tensors: dict[str, Any] = {}
+        self._bytes: list[NDArray[np.uint8]] = []
+        self.grow(num_blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block in all layers, in bytes."""
+        return sum(port.block_bytes for port in self._ports)
+
+    def grow(self, num_blocks: int) -> None:
+        """Allocate tensors for more blocks and copy the contents of the present ones."""
+        before, kept = self.tensors, self.num_blocks
+        old_bytes = self._bytes
+        self._bytes = []
+        self.tensors = {}
+        self.num_blocks = num_blocks
+        for index, port in enumerate(self._ports):
+            if self._context is None:
+                array = _aligned(num_blocks * port.block_bytes).reshape(num_blocks, port.block_bytes)
+                if kept:
+                    array[:kept] = old_bytes[index]
+                self._bytes.append(array)
+                self.tensors[port.name] = self._host_tensor(array, port, num_blocks)
+            else:
+                tensor = self._context.create_tensor(port.type, _shape(port, num_blocks), {})
+                if kept:
+                    self._copy_remote(before[port.name], tensor, port, kept)
+                self.tensors[port.name] = tensor
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block to another."""
+        self.write([target], self.read([source]))
+
+    def read(self, blocks: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """A copy of blocks; one array for each cache input, of shape [blocks, bytes of a block]."""
+        if self._context is None:
+            return [array[list(blocks)] for array in self._bytes]
+        return [self._host_bytes(port)[list(blocks)] for port in self._ports]
+
+    def write(self, blocks: Sequence[int], contents: Sequence[NDArray[np.uint8]]) -> None:
+        """Overwrite blocks, in the form that `read` returns."""
+        if self._context is None:
+            for array, content in zip(self._bytes, contents, strict=True):
+                array[list(blocks)] = content
+            return
+        for port, content in zip(self._ports, contents, strict=True):
+            host = self._host_bytes(port)
+            host[list(blocks)] = content
+            self.tensors[port.name].copy_from(self._host_tensor(host, port, self.num_blocks))
+
+    # -- a device's memory -------------------------------------------------------------------------------------------
+
+    def _host_bytes(self, port: CachePort) -> NDArray[np.uint8]:
+        """A copy of a remote tensor, shape [blocks, bytes of a block]."""
+        array = _aligned(self.num_blocks * port.block_bytes).reshape(self.num_blocks, port.block_bytes)
+        self.tensors[port.name].copy_to(self._host_tensor(array, port, self.num_blocks))
+        return array
+
+    def _copy_remote(self, source: Any, target: Any, port: CachePort, blocks: int) -> None:
+        array = _aligned(self.num_blocks * port.block_bytes).reshape(self.num_blocks, port.block_bytes)
+        array[blocks:] = 0
+        source.copy_to(self._host_tensor(array[:blocks], port, blocks))
+        target.copy_from(self._host_tensor(array, port, self.num_blocks))
+
+    @staticmethod
+    def _host_tensor(array: NDArray[np.uint8], port: CachePort, blocks: int) -> Any:
+        """A tensor over bytes of this process, without a copy."""
+        return import_openvino().Tensor(array.reshape(-1), _shape(port, blocks), port.type)
+
+
+def _shape(port: CachePort, blocks: int) -> Any:
+    return import_openvino().Shape([blocks, *port.block_shape])
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes at an address that suits the plugin's kernels."""
+    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size]

@@ -1,0 +1,46 @@
+"""How many prefill tokens a step may compute beside decodes, so that the running replies do not wait long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ov_phi3.backends.paged.model_runner import ScheduledTokens
+
+__all__ = ["Pace"]
+
+_MAX_STRETCH = 2.5  # a step with prefill takes at most this many times as long as one without
+_FIRST_BUDGET = 16  # tokens, until the times are known
+_MAX_BUDGET = 2048
+_WEIGHT = 0.2  # of the newest time in a moving average
+
+
+class Pace:
+    """Moving averages of the time of steps, and the budget that follows from them."""
+
+    def __init__(self) -> None:
+        self._decode_s: float | None = None
+        self._prefill_token_s: float | None = None
+
+    @property
+    def prefill_budget(self) -> int:
+        """Most prefill tokens in a step that also decodes."""
+        if self._decode_s is None or self._prefill_token_s is None:
+            return _FIRST_BUDGET
+        tokens = int((_MAX_STRETCH - 1.0) * self._decode_s / self._prefill_token_s)
+        return max(1, min(tokens, _MAX_BUDGET))
+
+    def note(self, parts: Sequence[ScheduledTokens], seconds: float) -> None:
+        """Note the time of a step."""
+        prefill = sum(part.count for part in parts if part.count > 1)
+        if not prefill:
+            self._decode_s = _average(self._decode_s, seconds)
+        elif len(parts) == 1 or self._decode_s is None:
+            self._prefill_token_s = _average(self._prefill_token_s, seconds / prefill)
+        else:
+            self._prefill_token_s = _average(self._prefill_token_s, max(0.0, seconds - self._decode_s) / prefill)
+
+
+def _average(before: float | None, value: float) -> float:
+    return value if before is None else before + _WEIGHT * (value - before)

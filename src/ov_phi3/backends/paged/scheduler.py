@@ -1,0 +1,182 @@
+"""Which tokens the next step computes: decodes first, prefill in chunks beside them, in order of arrival.
+
+The scheduler holds no tensors. It gives blocks to the sequences that it schedules. When no block is left it preempts
+the group that arrived last: its blocks go, its ids stay, and it is prefilled again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ov_phi3.backends.paged.model_runner import ScheduledTokens
+
+if TYPE_CHECKING:
+    from ov_phi3.backends.paged.block_manager import BlockManager
+    from ov_phi3.backends.paged.group import Group
+    from ov_phi3.backends.paged.sequence import Sequence
+
+__all__ = ["OutOfBlocks", "Scheduler"]
+
+
+class OutOfBlocks(RuntimeError):  # noqa: N818 - named by what is missing
+    """A group alone needs more blocks than the cache has."""
+
+
+class Scheduler:
+    """The groups that wait and run.
+
+    Args:
+        blocks: the block manager.
+        admit: finds what is cached of a group that starts, or starts again after a preemption.
+        copy: copies the contents of a block to another.
+        grow: enlarges the cache, if it can; returns whether it did.
+        chunk: most prefill tokens in a step without decodes; 0 for whole prompts.
+
+    Attributes:
+        waiting: groups that have not started, or were preempted, in their order.
+        running: groups that have blocks, in order of arrival.
+        preemptions: number of preemptions so far.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        admit: Callable[[Group], None],
+        copy: Callable[[int, int], None],
+        grow: Callable[[], bool] = lambda: False,
+        chunk: int = 0,
+    ) -> None:
+        self._blocks = blocks
+        self._admit = admit
+        self._copy = copy
+        self._grow = grow
+        self._chunk = chunk
+        self.waiting: deque[Group] = deque()
+        self.running: list[Group] = []
+        self.preemptions = 0
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups."""
+        return [*self.running, *self.waiting]
+
+    def add(self, group: Group) -> None:
+        """Add a group at the end."""
+        self.waiting.append(group)
+
+    def remove(self, group: Group) -> None:
+        """Remove a group, whose blocks were released before."""
+        if group in self.running:
+            self.running.remove(group)
+        elif group in self.waiting:
+            self.waiting.remove(group)
+
+    def schedule(self, budget: int) -> list[tuple[Group, ScheduledTokens]]:
+        """The next step; empty if there is nothing to do.
+
+        Args:
+            budget: most prefill tokens in a step that also decodes.
+
+        Raises:
+            OutOfBlocks: a group alone does not fit the cache; it is the last one in `running`.
+        """
+        step: list[tuple[Group, ScheduledTokens]] = []
+        for group in list(self.running):
+            if group in self.running and _is_decoding(group):  # it may have been preempted for an earlier one
+                self._schedule_decode(group, step)
+        budget = budget if step else self._chunk or 2**31
+        for group in list(self.running):
+            if group in self.running and not _is_decoding(group):
+                budget -= self._schedule_prefill(group, step, budget)
+        while self.waiting and budget > 0:
+            group = self.waiting[0]
+            if self.running and not self._fits(group):
+                break
+            self.waiting.popleft()
+            self.running.append(group)
+            self._admit(group)
+            budget -= self._schedule_prefill(group, step, budget)
+        return step
+
+    def _fits(self, group: Group) -> bool:
+        """Whether there are blocks for a waiting group's sequences, so that it is not preempted at once."""
+        size = self._blocks.block_size
+        needed = sum(len(sequence) // size + 1 for sequence in group.sequences)
+        return needed <= self._blocks.num_available
+
+    def _schedule_decode(self, group: Group, step: list[tuple[Group, ScheduledTokens]]) -> None:
+        """One token for every sequence of a group; all of them or none, since beams are compared with each other."""
+        parts = []
+        for sequence in group.sequences:
+            while not self._reserve(sequence, 1):
+                if not self._preempt(group, step):
+                    return
+            parts.append((group, ScheduledTokens(sequence, 1, group.rows(sequence, 1))))
+        if group in self.running:
+            step += parts
+
+    def _schedule_prefill(self, group: Group, step: list[tuple[Group, ScheduledTokens]], budget: int) -> int:
+        """A chunk of every sequence that is not computed yet; returns the number of tokens."""
+        used = 0
+        for sequence in group.sequences:
+            count = min(sequence.num_uncached, budget - used, group.max_chunk or budget)
+            if count < 1:
+                continue
+            while not self._reserve(sequence, count):
+                if not self._preempt(group, step):
+                    return used
+            step.append((group, ScheduledTokens(sequence, count, group.rows(sequence, count))))
+            used += count
+        return used
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        """Give a sequence blocks for its next tokens; the one that is written to first must be its own."""
+        size = self._blocks.block_size
+        first = sequence.num_cached // size
+        if sequence.num_cached % size and first < len(sequence.blocks):
+            block = sequence.blocks[first]
+            if self._blocks.is_shared(block):
+                own = self._blocks.allocate()
+                if own is None:
+                    return False
+                self._copy(block, own)
+                self._blocks.release([block])
+                sequence.blocks[first] = own
+            else:
+                self._blocks.forget([block])  # its contents are about to change
+        needed = -(-(sequence.num_cached + count) // size)
+        while len(sequence.blocks) < needed:
+            block_or_none = self._blocks.allocate()
+            if block_or_none is None:
+                return False
+            sequence.blocks.append(block_or_none)
+        return True
+
+    def _preempt(self, group: Group, step: list[tuple[Group, ScheduledTokens]]) -> bool:
+        """Make room by growing, or by taking the blocks of the group that arrived last.
+
+        Returns:
+            Whether `group` still runs.
+
+        Raises:
+            OutOfBlocks: `group` is the only one.
+        """
+        if self._grow():
+            return True
+        victim = self.running[-1]
+        if victim is group and len(self.running) == 1:
+            raise OutOfBlocks("the KV cache has no room for this request.")
+        self.running.remove(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        step[:] = [part for part in step if part[0] is not victim]
+        for sequence in victim.all_sequences:
+            self._blocks.release(sequence.forget_cache())
+        return victim is not group
+
+
+def _is_decoding(group: Group) -> bool:
+    return all(sequence.num_uncached == 1 for sequence in group.sequences)
