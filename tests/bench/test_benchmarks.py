@@ -1,4 +1,4 @@
-"""The benchmark scripts, run as people run them: on the real engine, in processes of their own."""
+"""The benchmark scripts, run as programs on the real engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(script: str, *arguments: str | Path, env: dict[str, str] | None = None) 
 
 
 @pytest.fixture(autouse=True)
-def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
@@ -38,30 +38,30 @@ def module(name: str) -> types.ModuleType:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_explains_itself(script: str) -> None:
+def test_every_script_has_help(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 
 
-def test_snapshots(demo_int4: Path, device: str, tmp_path: Path) -> None:
+def test_snapshots_measures_prefixes_and_backends(demo_int4: Path, device: str, tmp_path: Path) -> None:
     target = tmp_path / "snapshots.json"
     sizes = ["--tokens", "40", "--repeat", "2", "--warmup", "0", "--pairs", "1"]
     done = run("snapshots.py", demo_int4, "--device", device, *sizes, "--json", target)
     assert done.returncode == 0, done.stderr
-    for said in ("A prefix of 40 tokens", "cold", "ids after loading equal", "TPOT / llm_pipeline's", "peak memory"):
-        assert said in done.stdout
-    found = json.loads(target.read_text(encoding="utf-8"))
-    assert len(found["prefix"]["load_ms"]) == 2
-    assert found["prefix"]["equal_ids"] is True
-    assert found["peak_bytes"].keys() == {"llm_pipeline", "infer_request"}
-    assert found["goals"]["loading / prefilling"][1] is None  # a small model
+    for part in ("A prefix of 40 tokens", "cold", "ids after loading equal", "TPOT / llm_pipeline's", "peak memory"):
+        assert part in done.stdout
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert len(report["prefix"]["load_ms"]) == 2
+    assert report["prefix"]["equal_ids"] is True
+    assert report["peak_bytes"].keys() == {"llm_pipeline", "infer_request"}
+    assert report["goals"]["loading / prefilling"][1] is None  # a small model
 
 
 class TestLatency:
     """`latency.py`."""
 
-    def test_a_device_that_is_not_there_is_not_measured(self, demo_int4: Path) -> None:
+    def test_a_missing_device_is_refused(self, demo_int4: Path) -> None:
         for model in ([], [demo_int4]):
             done = run("latency.py", *model, "--device", "GPU.7")
             assert done.returncode == 2
@@ -80,25 +80,27 @@ class TestLatency:
         assert "there is no GPU.0 here" in done.stderr
 
     @pytest.mark.parametrize("device", ["AUTO", "AUTO:GPU,CPU"])
-    def test_no_choice_is_left_to_the_machine(self, device: str, demo_int4: Path) -> None:
+    def test_auto_devices_are_refused(self, device: str, demo_int4: Path) -> None:
         done = run("latency.py", demo_int4, "--device", device)
         assert done.returncode == 2
         assert "name one device" in done.stderr
 
-    def test_report_json_and_pictures(self, demo_int4: Path, device: str, tmp_path: Path) -> None:
+    def test_report_json_and_plots(self, demo_int4: Path, device: str, tmp_path: Path) -> None:
         target = tmp_path / "latency.json"
         sizes = ["--prompt-tokens", "8", "40", "100000", "--new-tokens", "6", "--repeat", "2", "--chat-turns", "2"]
         done = run("latency.py", demo_int4, "--device", device, *sizes, "--json", target, "--plot", tmp_path / "plots")
         assert done.returncode == 0, done.stderr
         assert "left out: 100000 prompt tokens" in done.stdout
-        found = json.loads(target.read_text(encoding="utf-8"))
-        assert "latency.py" in found["command"]
-        assert [m["prompt_tokens"] for m in found["measurements"]] == [8, 40]
-        assert all(len(m["samples"]) == 2 for m in found["measurements"])
-        pictures = sorted(path.name for path in (tmp_path / "plots").glob("*.png"))
-        assert pictures == ["chat.png", "inter-token.png", "latency.png"]
+        report = json.loads(target.read_text(encoding="utf-8"))
+        assert "latency.py" in report["command"]
+        assert [m["prompt_tokens"] for m in report["measurements"]] == [8, 40]
+        assert all(len(m["samples"]) == 2 for m in report["measurements"])
+        plots = sorted(path.name for path in (tmp_path / "plots").glob("*.png"))
+        assert plots == ["chat.png", "inter-token.png", "latency.png"]
 
-    def test_a_wrong_model_or_option_is_one_line(self, tmp_path: Path, device: str, demo_int4: Path) -> None:
+    def test_a_wrong_model_or_option_is_an_error_of_one_line(
+        self, tmp_path: Path, device: str, demo_int4: Path
+    ) -> None:
         done = run("latency.py", tmp_path / "none", "--device", device)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
         done = run("latency.py", demo_int4, "--device", device, "--repeat", "0")
@@ -107,21 +109,20 @@ class TestLatency:
 
 
 class TestCompare:
-    """`compare.py` and what it is made of."""
+    """`compare.py` and its modules."""
 
-    def test_two_peers_end_to_end(self, demo_int4: Path, device: str, tmp_path: Path, monkeypatch: Any) -> None:
-        """The library beside raw GenAI, each in its process; in this environment, which spares an installation."""
+    def test_two_peers_are_compared(self, demo_int4: Path, device: str, tmp_path: Path, monkeypatch: Any) -> None:
+        """The library and raw GenAI, each in its own process; both use this environment, to avoid installations."""
         peers, compare = module("_peers"), module("compare")
-        this = Path(sys.executable)
+        python = Path(sys.executable)
         ours, raw, *others = peers.PEERS
-        failing = [_unavailable(peer) for peer in others]
-        prepared = [
-            _replaced(ours, lambda inputs: (this, inputs.exported)),
-            _replaced(raw, lambda inputs: (this, inputs.exported)),
-            *failing,
+        candidates = [
+            _with_prepare(ours, lambda inputs: (python, inputs.exported)),
+            _with_prepare(raw, lambda inputs: (python, inputs.exported)),
+            *(_unavailable(peer) for peer in others),
         ]
-        monkeypatch.setattr(compare, "PEERS", prepared)
-        target, picture = tmp_path / "compare.json", tmp_path / "compare.png"
+        monkeypatch.setattr(compare, "PEERS", candidates)
+        target, plot = tmp_path / "compare.json", tmp_path / "compare.png"
         sizes = [
             "--prompt-tokens",
             "8",
@@ -138,19 +139,19 @@ class TestCompare:
         monkeypatch.setattr(
             sys,
             "argv",
-            ["compare.py", str(demo_int4), "--device", device, *sizes, "--json", str(target), "--plot", str(picture)],
+            ["compare.py", str(demo_int4), "--device", device, *sizes, "--json", str(target), "--plot", str(plot)],
         )
         assert compare.main() == 0
-        found = json.loads(target.read_text(encoding="utf-8"))
-        assert found["peers"] == ["ov_phi3", "openvino_genai"]
-        assert found["not_measured"] == {peer.name: "no such package" for peer in others}
-        assert found["replies_with_equal_ids"] == {"openvino_genai": {"equal": 8, "of": 8}}
-        ratio = found["figures"]["tpot_40"]["ov_phi3_over_peer"]["openvino_genai"]
+        report = json.loads(target.read_text(encoding="utf-8"))
+        assert report["peers"] == ["ov_phi3", "openvino_genai"]
+        assert report["not_measured"] == {peer.name: "no such package" for peer in others}
+        assert report["replies_with_equal_ids"] == {"openvino_genai": {"equal": 8, "of": 8}}
+        ratio = report["figures"]["tpot_40"]["ov_phi3_over_peer"]["openvino_genai"]
         assert ratio["count"] == 4
-        assert set(found["roofline"]["ov_phi3_of_limit"]) == {"8", "40"}
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert set(report["roofline"]["ov_phi3_of_limit"]) == {"8", "40"}
+        assert plot.read_bytes().startswith(b"\x89PNG")
 
-    def test_a_peer_that_fails_is_named_and_the_others_go_on(self, tmp_path: Path) -> None:
+    def test_a_failed_request_is_reported_and_the_process_goes_on(self, tmp_path: Path) -> None:
         peers = module("_peers")
         script = tmp_path / "peer.py"
         script.write_text(
@@ -178,7 +179,7 @@ class TestCompare:
             worker.ask("reply", ids=[1], new_tokens=1)
         worker.close()
 
-    def test_ratios_are_of_pairs(self) -> None:
+    def test_ratios_are_medians_of_pairs(self) -> None:
         comparison = module("_comparison")
         figure = comparison.Figure(
             "tpot_8", "TPOT", "ms", {"ov_phi3": [1.0, 9.0, 4.0], "peer": [2.0, 10.0, None], "other": []}
@@ -194,7 +195,7 @@ class TestCompare:
         assert "there is no GPU.7 here" in done.stderr
 
 
-def _replaced(peer: Any, prepare: Any) -> Any:
+def _with_prepare(peer: Any, prepare: Any) -> Any:
     from dataclasses import replace
 
     return replace(peer, prepare=prepare)
@@ -204,59 +205,61 @@ def _unavailable(peer: Any) -> Any:
     def prepare(_: Any) -> Any:
         raise module("_peers").BootstrapError("no such package")
 
-    return _replaced(peer, prepare)
+    return _with_prepare(peer, prepare)
 
 
-def test_levers_hold_a_setting_against_the_defaults(demo_int4: Path, device: str, tmp_path: Path) -> None:
+def test_levers_compares_settings_with_the_defaults(demo_int4: Path, device: str, tmp_path: Path) -> None:
     target = tmp_path / "levers.json"
     arguments = ["--only", "none", "kv", "--repeat", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
     done = run("levers.py", demo_int4, "--device", device, *arguments, "--json", target)
     assert done.returncode == 0, done.stderr
-    found = json.loads(target.read_text(encoding="utf-8"))["settings"]
-    assert [f["setting"] for f in found][:2] == ["the defaults", "the defaults again (noise level)"]
-    same = next(f for f in found if f["group"] == "none" and f["tpot_over_default"])
-    assert same["replies_with_equal_ids"] == 1
-    assert all(1 < f["perplexity"] < 100 for f in found if f["perplexity"] is not None)
-    assert not any(f["failed"] for f in found)
+    settings = json.loads(target.read_text(encoding="utf-8"))["settings"]
+    assert [s["setting"] for s in settings][:2] == ["the defaults", "the defaults again (noise level)"]
+    repeated = next(s for s in settings if s["group"] == "none" and s["tpot_over_default"])
+    assert repeated["replies_with_equal_ids"] == 1
+    assert all(1 < s["perplexity"] < 100 for s in settings if s["perplexity"] is not None)
+    assert not any(s["failed"] for s in settings)
 
 
-def test_perplexity_is_that_of_the_reference(demo_fp32: Path, demo_hf: Path) -> None:
-    """The exported graph, fed in pieces, gives the perplexity that transformers gives for the whole text."""
+def test_perplexity_equals_that_of_transformers(demo_fp32: Path, demo_hf: Path) -> None:
+    """The exported graph with chunked prefill gives the perplexity that transformers computes for the whole text."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     levers = module("levers")
     ids = list(range(1000, 1100))
-    found = levers.perplexity(demo_fp32, "CPU", ids, {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
+    perplexity = levers.perplexity(
+        demo_fp32, "CPU", ids, {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    )
     model = AutoModelForCausalLM.from_pretrained(demo_hf, dtype=torch.float32)
     with torch.no_grad():
         loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
-    assert found == pytest.approx(float(loss.exp()), rel=1e-3)
+    assert perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
-def test_endurance(tiny_fp32: Path, device: str, tmp_path: Path, backend: str) -> None:
+def test_endurance_finds_no_fault(tiny_fp32: Path, device: str, tmp_path: Path, backend: str) -> None:
     target = tmp_path / "endurance.json"
     done = run(
         "endurance.py", tiny_fp32, "--device", device, "--requests", "300", "--backend", backend, "--json", target
     )
-    found = json.loads(target.read_text(encoding="utf-8"))
-    # Memory is looked at where more requests are made: here kernels for new sizes still come up.
-    assert (found["faults"], found["same_answers"]) == ([], True), done.stdout
-    assert found["left"]["python_threads"] == found["left"]["handles"] == 0
+    report = json.loads(target.read_text(encoding="utf-8"))
+    # Memory is not checked: with so few requests, kernels for new shapes are still being compiled.
+    assert (report["faults"], report["same_answers"]) == ([], True), done.stdout
+    assert report["left"]["python_threads"] == report["left"]["handles"] == 0
     groups = {
-        group: sum(n for k, n in found["kinds"].items() if k.startswith(group)) for group in ("cancelled", "wrong")
+        group: sum(n for k, n in report["kinds"].items() if k.startswith(group)) for group in ("cancelled", "wrong")
     }
     assert groups == {"cancelled": 100, "wrong": 30}
-    assert len(found["states"]) == 4
+    assert len(report["states"]) == 4
 
 
-def test_concurrency(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+def test_concurrency_measures_every_number_of_callers(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
     target = tmp_path / "concurrency.json"
     sizes = ["--at-once", "3", "--repeat", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
     done = run("concurrency.py", tiny_fp32, "--device", device, *sizes, "--json", target)
     assert done.returncode == 0, done.stderr
     assert "1, without concurrency=" in done.stdout
-    found = json.loads(target.read_text(encoding="utf-8"))
-    assert found["samples"].keys() == {"plain", "1", "3"}
-    assert found["tokens_per_s_over_one_caller"]["1"] == 1.0
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert report["samples"].keys() == {"plain", "1", "3"}
+    assert report["tokens_per_s_over_one_caller"]["1"] == 1.0
