@@ -119,9 +119,12 @@ def scripted_pipeline(
         concurrency=concurrency,
     )
     report = LoadReport(0.0, 0.0, 0.0, "off", None, {}, backend.capabilities.name)
-    return Pipeline(
-        engine=engine, tokenizer=tokenizer, device=DeviceInfo("CPU", "scripted", "CPU"), load_report=report
-    )
+    return Pipeline(engine=engine, tokenizer=tokenizer, device=DeviceInfo("CPU", "scripted", "CPU"), load_report=report)
+
+
+def steps_of(tokenizer: Tokenizer, text: str) -> list[list[int]]:
+    """Steps of one token each that spell a text."""
+    return [[token] for token in tokenizer.encode(text).tolist()]
 
 
 def forever(ids: Sequence[int]) -> Sequence[Sequence[int]]:
