@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _paths import MODELS, cache_dir, digest, new_log
+from _paths import MODELS, ROOT, cache_dir, digest, new_log
 from _process_lock import lock
 from _steps import BootstrapError, child_environment, main_of, run_step
 
@@ -106,6 +106,8 @@ class Model:
         files = [self.builder, MODELS / "model_files.py", MODELS / "fetch.py", MODELS / "sources.txt"]
         if self.base == "demo":
             files.append(MODELS / "demo_rows.npy")
+        if self.recipe is not None:
+            files += sorted((ROOT / "src" / "ov_phi3" / "exporting").glob("*.py"))
         return files
 
 

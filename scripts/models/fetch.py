@@ -1,7 +1,7 @@
-"""Download the packages that the models are made of, each checked against the hash in ``sources.txt``.
+"""Download the packages that the models are made from, each checked against its hash in ``sources.txt``.
 
-pip does the download, so an index, a proxy or a local folder of packages that pip is configured for is used without a
-word here. A file that is already in the cache and has the right hash is used as it is, also without a network.
+pip downloads them, so its configured index, proxy or local folder of packages applies. A cached file with the right
+hash is reused, also without a network.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+)\s+--hash=sha25
 
 
 class FetchError(RuntimeError):
-    """A source could not be downloaded, or is not the file that was pinned."""
+    """A source cannot be downloaded, or does not have the pinned hash."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned package file."""
+    """A pinned package file."""
 
     name: str
     version: str
@@ -32,34 +32,34 @@ class Source:
 
     @property
     def requirement(self) -> str:
-        """The line that pip reads."""
+        """The line for pip's requirement file."""
         return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
 
 
 def sources() -> dict[str, Source]:
     """Return the pinned packages by name."""
-    found = {}
+    by_name = {}
     for line in SOURCES.read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         match = _LINE.match(line.strip())
         if match is None:
             raise FetchError(f"{SOURCES.name}: not a pinned requirement: {line!r}")
-        found[match["name"]] = Source(**match.groupdict())
-    return found
+        by_name[match["name"]] = Source(**match.groupdict())
+    return by_name
 
 
 def sha256(path: Path) -> str:
-    """Hash a file in pieces, so that its size does not matter."""
+    """Return the SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def cached(source: Source, cache_dir: Path) -> Path | None:
-    """Return the file of ``source`` in the cache, if it is there and is the right one."""
+    """Return the file of ``source`` in the cache if it has the pinned hash."""
     stem = re.sub(r"[-_.]+", "[-_.]", f"{source.name}-{source.version}")
     for path in sorted(cache_dir.glob(f"{stem}*")):
         if path.is_file() and sha256(path) == source.sha256:
@@ -68,39 +68,38 @@ def cached(source: Source, cache_dir: Path) -> Path | None:
 
 
 def _pip_download(source: Source, target: Path) -> None:
-    """Let pip download one file into ``target``."""
+    """Download one file into ``target`` with pip."""
     requirements = target / "requirement.txt"
     requirements.write_text(source.requirement + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     if source.name == "llama-cpp-python":
-        # Only the source distribution holds the vocabulary. Named alone, so that what pip needs to read an sdist's
-        # metadata may still come as wheels.
+        # Only the source distribution holds the vocabulary. The option names this package only, so that pip may use
+        # wheels for the packages that it needs to read the metadata of a source distribution.
         command += ["--no-binary", source.name]
     command += ["--dest", str(target), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
     requirements.unlink()
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        why = lines[-1] if lines else f"pip exit code {done.returncode}"
-        raise FetchError(f"cannot download {source.name} {source.version}: {why}")
+        reason = lines[-1] if lines else f"pip exit code {done.returncode}"
+        raise FetchError(f"cannot download {source.name} {source.version}: {reason}")
 
 
 def fetch(name: str, cache_dir: Path) -> Path:
-    """Return the path of the pinned file of package ``name`` in ``cache_dir``, downloaded if it is not there yet."""
-    known = sources()
-    if name not in known:
-        raise FetchError(f"unknown source {name!r}; known: {', '.join(known)}")
-    source = known[name]
+    """Return the path of the pinned file of package ``name`` in ``cache_dir``; download it if it is absent."""
+    pinned = sources()
+    if name not in pinned:
+        raise FetchError(f"unknown source {name!r}; expected one of {', '.join(pinned)}")
+    source = pinned[name]
     cache_dir.mkdir(parents=True, exist_ok=True)
     if (path := cached(source, cache_dir)) is not None:
         return path
-    # Downloaded beside its place and moved there only when its hash is right: a killed download leaves no file that
-    # counts.
+    # Downloaded to a temporary folder, and moved only with the right hash: a killed download leaves no valid name.
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".download-") as folder:
         _pip_download(source, Path(folder))
         path = cached(source, Path(folder))
         if path is None:
-            raise FetchError(f"{source.name} {source.version}: what pip downloaded does not have the pinned hash")
+            raise FetchError(f"{source.name} {source.version}: the downloaded file does not have the pinned hash")
         return path.replace(cache_dir / path.name)
 
 

@@ -1,13 +1,13 @@
-"""Learn the three embedding rows that let SmolLM2 read Phi-3's chat layout, and measure how well they do.
+"""Learn the three embedding rows with which SmolLM2 understands Phi-3's chat template, and measure them.
 
-The teacher is SmolLM2 in its own ChatML layout, the student the same weights as ``Phi3ForCausalLM`` in Phi-3's. Both
-read the same conversations, with the teacher's greedy replies in them; the loss is the KL divergence between their
-next-token distributions at every token of the replies, the end of each included. Everything but the rows of
-``<|system|>``, ``<|user|>`` and ``<|assistant|>`` is frozen. Under ten minutes on two cores, most of them spent on the
-replies; writes ``demo_rows.npy`` and ``demo_rows.json`` beside this file.
+The teacher is SmolLM2 with its own ChatML template. The student has the same weights as ``Phi3ForCausalLM``, with
+Phi-3's template. Both read the same conversations with the teacher's greedy replies. The loss is the KL divergence
+between their next-token distributions at every token of the replies, end tokens included. All weights except the rows
+of ``<|system|>``, ``<|user|>`` and ``<|assistant|>`` are frozen. Learning takes less than ten minutes on two cores,
+mostly for the replies. It writes ``demo_rows.npy`` and ``demo_rows.json`` beside this file.
 
     python scripts/models/learn_demo_rows.py            learn, measure, write
-    python scripts/models/learn_demo_rows.py --check    measure the rows that are there
+    python scripts/models/learn_demo_rows.py --check    measure the existing rows
 
 Needs torch and transformers besides what ``demo.py`` needs.
 """
@@ -47,7 +47,7 @@ REPORT = demo.ROWS.with_suffix(".json")
 
 @dataclass(frozen=True)
 class Script:
-    """What is said to the model: perhaps a system turn, then the user's turns; the replies are the teacher's."""
+    """The messages of a conversation: an optional system message and the user messages; the teacher replies."""
 
     user: tuple[str, ...]
     system: str | None = None
@@ -87,7 +87,7 @@ HELD_OUT = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation in both layouts, and where in each the tokens that precede a reply's tokens are."""
+    """A conversation in both templates, and the positions of the tokens before each token of a reply."""
 
     teacher_ids: list[int]
     student_ids: list[int]
@@ -97,7 +97,7 @@ class Conversation:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The teacher, the student before learning, and what both need."""
+    """The teacher, the student before learning, the tokenizer and the ids of the learnt rows."""
 
     llama: Any
     phi3: Any
@@ -106,7 +106,7 @@ class Models:
 
 
 def load(reader: GGUFReader, folder: Path) -> Models:
-    """Make the teacher (Llama, fused nothing) and the student (Phi-3, nothing learnt) from the one GGUF file."""
+    """Make the teacher (Llama, unfused) and the student (Phi-3, before learning) from the GGUF file."""
     from transformers import LlamaConfig, LlamaForCausalLM, Phi3ForCausalLM
 
     demo.write(reader, folder, None)
@@ -137,7 +137,7 @@ def load(reader: GGUFReader, folder: Path) -> Models:
 
 
 def _llama_name(name: str) -> str:
-    """Return Hugging Face's name of a weight of a GGUF Llama model."""
+    """Return Hugging Face's name for a weight of a GGUF Llama model."""
     parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
     parts |= {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"}
     parts |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
@@ -148,9 +148,7 @@ def _llama_name(name: str) -> str:
 
 
 def fusion_difference(models: Models) -> float:
-    """Return the largest difference between the logits of the two architectures on the same tokens; fusing changes
-    nothing.
-    """
+    """Return the largest difference between the logits of the two architectures; 0 if fusing changes nothing."""
     ids = torch.tensor([models.tokenizer.encode("The quick brown fox jumps over the lazy dog. 2 + 2 = 4.\n").ids])
     with torch.no_grad():
         return float((models.llama(ids).logits - models.phi3(ids).logits).abs().max())
@@ -158,7 +156,7 @@ def fusion_difference(models: Models) -> float:
 
 @cache  # a greedy reply is the same each time, and slow
 def converse(models: Models, script: Script) -> Conversation:
-    """Let the teacher reply greedily to each turn of ``script``, and write the conversation down in both layouts."""
+    """Generate the teacher's greedy reply to each turn of ``script``; return the conversation in both templates."""
 
     def ids(text: str) -> list[int]:
         return models.tokenizer.encode(text).ids
@@ -188,14 +186,14 @@ def converse(models: Models, script: Script) -> Conversation:
         )
         reply = [token for token in out[0, prompt.shape[1] :].tolist() if token != end]
         turn("assistant", reply)
-        # The position before each of the reply's tokens and before its end: one past the reply is "\n", two is the end.
+        # The positions before each token of the reply and before its end token; a "\n" follows the end token.
         teacher_at.extend(range(len(teacher) - len(reply) - 3, len(teacher) - 2))
         student_at.extend(range(len(student) - len(reply) - 3, len(student) - 2))
     return Conversation(teacher, student, teacher_at, student_at)
 
 
 def teacher_log_probs(models: Models, conversation: Conversation) -> torch.Tensor:
-    """Return the teacher's distributions at the reply positions."""
+    """Return the teacher's log-probabilities at the reply positions."""
     with torch.no_grad():
         logits = models.llama(torch.tensor([conversation.teacher_ids])).logits[0, conversation.teacher_at]
     return log_softmax(logits, dim=-1)
@@ -204,7 +202,7 @@ def teacher_log_probs(models: Models, conversation: Conversation) -> torch.Tenso
 def divergence(models: Models, rows: torch.Tensor, conversation: Conversation, target: torch.Tensor) -> torch.Tensor:
     """Return KL(teacher || student) in nats at each reply position, for the student with ``rows`` as its embeddings.
 
-    The rows are in the output head as well, since the two are one matrix; both uses have their gradient.
+    The output head is the same matrix, so both uses of the rows contribute to the gradient.
     """
     row_ids = torch.tensor(models.row_ids)
     embedding = models.phi3.model.embed_tokens.weight.index_copy(0, row_ids, rows)
@@ -224,7 +222,7 @@ def mean_kl(models: Models, rows: torch.Tensor, scripts: tuple[Script, ...]) -> 
 
 
 def first_rows(models: Models) -> torch.Tensor:
-    """Return where learning starts: the mean of what ChatML writes in the place of each token."""
+    """Return the initial rows: the mean embedding of the ChatML tokens that each token replaces."""
     embedding = models.phi3.model.embed_tokens.weight
     words = ("system", "user", "assistant")
     return torch.stack([embedding[models.tokenizer.encode(f"<|im_start|>{word}").ids].mean(0) for word in words])
@@ -238,7 +236,7 @@ def learn(models: Models, epochs: int = EPOCHS) -> Iterator[tuple[float, torch.T
     targets = [teacher_log_probs(models, conversation) for conversation in conversations]
     rows = first_rows(models).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE)
-    # To zero at the end, so that the last conversations seen weigh no more than the others.
+    # Decays to zero, so that the last conversations weigh no more than the others.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(TRAIN))
     for _ in range(epochs):
         total = 0.0
@@ -253,7 +251,7 @@ def learn(models: Models, epochs: int = EPOCHS) -> Iterator[tuple[float, torch.T
 
 
 def report(models: Models, rows: torch.Tensor) -> dict[str, Any]:
-    """Measure the rows and say how."""
+    """Return measurements of the rows, and how they were made."""
     import transformers
 
     return {
@@ -274,7 +272,7 @@ def report(models: Models, rows: torch.Tensor) -> dict[str, Any]:
 
 
 def save(rows: NDArray[np.float32], measured: dict[str, Any]) -> None:
-    """Write the rows, and what was measured on them."""
+    """Write the rows and their measurements."""
     np.save(demo.ROWS, rows.astype(np.float32))
     write_json(REPORT, measured)
 
@@ -282,7 +280,7 @@ def save(rows: NDArray[np.float32], measured: dict[str, Any]) -> None:
 def main() -> int:
     """Learn or check from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="measure the rows that are there, write nothing")
+    parser.add_argument("--check", action="store_true", help="measure the existing rows, write nothing")
     parser.add_argument("--downloads", type=Path, default=default_downloads(), help="folder of downloaded packages")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -291,13 +289,13 @@ def main() -> int:
         if options.check:
             rows = torch.tensor(np.load(demo.ROWS))
         else:
-            began = time.monotonic()
+            started = time.monotonic()
             rows = first_rows(models)
             for epoch, (kl, learnt) in enumerate(learn(models), start=1):
                 rows = learnt
-                print(f"epoch {epoch}/{EPOCHS}: KL {kl:.4f}, {time.monotonic() - began:.0f} s", flush=True)
+                print(f"epoch {epoch}/{EPOCHS}: KL {kl:.4f}, {time.monotonic() - started:.0f} s", flush=True)
         measured = report(models, rows)
-    print(f"KL: {measured['kl_held_out']:.4f} held out, {measured['kl_train']:.4f} trained on")
+    print(f"KL: {measured['kl_held_out']:.4f} held out, {measured['kl_train']:.4f} training")
     if not options.check:
         save(rows.numpy(), measured)
     return 0 if measured["kl_held_out"] <= KL_LIMIT else 1

@@ -1,5 +1,5 @@
-"""What the model builders share: the downloads folder, Phi-3's chat layout, and a directory that appears whole or not
-at all.
+"""Shared by the model builders: the downloads folder, Phi-3's chat template, and a directory that is complete or
+absent.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ PHI3_TEMPLATE = (
 
 
 def default_downloads() -> Path:
-    """Return where downloaded packages are kept: what the caller set, or the usual place on Linux."""
+    """Return the folder of downloaded packages: in ``OV_PHI3_CACHE``, or in the user's cache folder on Linux."""
     if configured := os.environ.get("OV_PHI3_CACHE"):
         return Path(configured) / "downloads"
     return Path.home() / ".cache" / "ov-phi3" / "downloads"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as readable UTF-8 JSON, the same bytes on every platform."""
+    """Write ``value`` as indented UTF-8 JSON, with the same bytes on every platform."""
     path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory that becomes ``out`` when the block ends well, and disappears when it does not."""
+    """Yield a temporary directory that becomes ``out`` at the end of the block, and is removed after an exception."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))

@@ -1,9 +1,9 @@
-"""Build a random Phi-3 of any size with the real Phi-3 tokenizer: a small one, so that its ids (32000 to 32010 among
-them) are tested for real, or a full-size one, whose speed can be measured without a download.
+"""Build a random Phi-3 of any size with the real Phi-3 tokenizer: a small one for tests with the real ids (32000 to
+32010 among them), or a full-size one for speed measurements without a download.
 
-The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution; special tokens, chat
-template and ids are those published with microsoft/Phi-3-mini-4k-instruct. The weights are noise, drawn wide enough
-that greedy replies vary with the prompt. Needs numpy, gguf, safetensors and tokenizers; neither torch nor transformers.
+The vocabulary and the test vectors come from the ``llama-cpp-python`` source distribution. Special tokens, chat
+template and ids are those of microsoft/Phi-3-mini-4k-instruct. The weights are random, with a variance at which greedy
+replies depend on the prompt. Needs numpy, gguf, safetensors and tokenizers, but neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SEPARATOR = "\n__ggml_vocab_test__\n"
 
 VOCAB_SIZE = 32064  # rows of the embedding; the tokenizer has 32011 tokens
 SPM_SIZE = 32000  # tokens of the Llama vocabulary, before the added ones
-# What each kind of matrix multiplies its input by, about: of the order of one, so that attention and MLP have a say.
-# With the usual 0.02 a model this small repeats the last token for ever.
+# Approximate factor by which a matrix scales its input. Near one, attention and MLP affect the result; with the usual
+# 0.02 a model of this size repeats the last token forever.
 GAIN = 1.2
 
 
@@ -61,15 +61,13 @@ def vectors(downloads: Path | None = None) -> list[dict[str, Any]]:
     texts = sdist_file(VOCABULARY + ".inp", downloads).decode("utf-8").split(SEPARATOR)
     lines = sdist_file(VOCABULARY + ".out", downloads).decode("utf-8").splitlines()
     ids = [[int(token) for token in line.split()] for line in lines]
-    # The last separator is followed by nothing but the end of the file.
+    # Nothing follows the last separator.
     texts = texts[: len(ids)]
     return [{"text": text, "ids": row} for text, row in zip(texts, ids, strict=True)]
 
 
 def vocabulary(downloads: Path | None = None) -> tuple[list[str], list[float]]:
-    """Return the real tokens and their scores, in the order of ids; the padding of the embedding to a round size is
-    left out.
-    """
+    """Return the tokens and their scores, in the order of ids, without the tokens that pad the embedding."""
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -85,37 +83,38 @@ def vocabulary(downloads: Path | None = None) -> tuple[list[str], list[float]]:
 def merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """Return the BPE merges of a SentencePiece vocabulary.
 
-    Each way to cut a token into two others is a merge. The higher the score of the whole, the sooner it is merged (ids
-    do not tell: runs of spaces have low ids and the lowest scores), and of its cuts the one with the longest left part
-    goes first. Bytes and control tokens are not made of others.
+    Each split of a token into two other tokens is a merge. Tokens with higher scores merge first (the ids have another
+    order: runs of spaces have low ids and the lowest scores), and of the splits of a token the one with the longest
+    left part comes first. Bytes and control tokens have no merges.
     """
     ordinary = {
         token: score
         for token, score in zip(tokens[:SPM_SIZE], scores[:SPM_SIZE], strict=True)
         if not re.fullmatch(r"<(unk|s|/s|0x..)>", token)
     }
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for token in sorted(ordinary, key=ordinary.__getitem__, reverse=True):
         cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
-        found.extend((left, right) for left, right in cuts if left in ordinary and right in ordinary)
-    return found
+        pairs.extend((left, right) for left, right in cuts if left in ordinary and right in ordinary)
+    return pairs
 
 
 def added_tokens(tokens: list[str]) -> list[AddedToken]:
-    """Return the added tokens with the flags they are published with.
+    """Return the added tokens with their published flags.
 
-    ``rstrip`` makes a token swallow the white space after it; ``</s>`` is an ordinary token for everyone who skips
-    special ones.
+    ``rstrip`` makes a token absorb the white space after it. ``</s>`` is not special: skipping special tokens keeps it.
     """
     from tokenizers import AddedToken
 
     names = [*tokens[:3], *tokens[SPM_SIZE:]]
-    kept = ("<unk>", "<s>", "<|endoftext|>")
-    return [AddedToken(name, rstrip=name not in kept, normalized=False, special=name != "</s>") for name in names]
+    without_rstrip = ("<unk>", "<s>", "<|endoftext|>")
+    return [
+        AddedToken(name, rstrip=name not in without_rstrip, normalized=False, special=name != "</s>") for name in names
+    ]
 
 
 def tokenizer(downloads: Path | None = None) -> Tokenizer:
-    """Return the Phi-3 tokenizer: SentencePiece BPE as Hugging Face writes it down, no beginning-of-sequence token."""
+    """Return the Phi-3 tokenizer: SentencePiece BPE in Hugging Face's format, without a beginning-of-sequence token."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens, scores = vocabulary(downloads)
@@ -132,13 +131,13 @@ def tokenizer(downloads: Path | None = None) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     for token in added_tokens(tokens):
-        # One at a time: ids are given in the order of adding, whatever the kind.
+        # One at a time, since ids follow the order of adding.
         (result.add_special_tokens if token.special else result.add_tokens)([token])
     return result
 
 
 def tokenizer_config(context: int) -> dict[str, Any]:
-    """Return ``tokenizer_config.json``; only the class is not the published one, which needs a file we lack."""
+    """Return the published ``tokenizer_config.json``, except the class, which needs a file that is not available."""
     return {
         "add_bos_token": False,
         "add_eos_token": False,
@@ -155,9 +154,9 @@ def tokenizer_config(context: int) -> dict[str, Any]:
 
 
 def weights(config: dict[str, Any], seed: int) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """Draw the weights, normal, each matrix scaled to its number of inputs: the embedding, every layer, the head.
+    """Yield random normal weights, each matrix scaled by its number of inputs: the embedding, each layer, the head.
 
-    One part at a time, since all of a full-size model would not fit beside what its export needs.
+    One part at a time, since all weights of a full-size model take too much memory.
     """
     rng = np.random.default_rng(seed)
     width, inner = config["hidden_size"], config["intermediate_size"]
@@ -182,18 +181,18 @@ def weights(config: dict[str, Any], seed: int) -> Iterator[dict[str, NDArray[np.
 
 
 def save_weights(folder: Path, parts: Iterator[dict[str, NDArray[np.float32]]], count: int, dtype: str) -> None:
-    """Write each of ``count`` parts as a file of its own, and the index that says what is where."""
+    """Write each of ``count`` parts to a separate file, and the index of the files."""
     from safetensors.numpy import save_file
 
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for number, part in enumerate(parts, start=1):
         stored = {name: weight.astype(dtype) for name, weight in part.items()}
         file = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(stored, folder / file, metadata={"format": "pt"})
-        where.update(dict.fromkeys(stored, file))
+        weight_map.update(dict.fromkeys(stored, file))
         total += sum(weight.nbytes for weight in stored.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def build(
@@ -214,10 +213,10 @@ def build(
 ) -> Path:
     """Build the model in Hugging Face format at ``out``, with ``tokenizer_vectors.json`` beside it.
 
-    ``rope_scaling`` is written as published: ``{"type": "longrope", "short_factor": [...], "long_factor": [...]}`` with
-    ``hidden_size / heads / 2`` numbers each, together with ``original_max_position_embeddings``, where the factors
-    switch. ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here. ``dtype`` is how the weights are
-    stored, "float32" or "float16".
+    ``rope_scaling`` has the published form: ``{"type": "longrope", "short_factor": [...], "long_factor": [...]}`` with
+    ``hidden_size / heads / 2`` numbers each; the factors switch at ``original_max_position_embeddings``.
+    ``sliding_window`` is 2047 on Phi-3-mini-4k and off by default here. ``dtype`` is the storage type of the weights,
+    "float32" or "float16".
     """
     config = {
         "architectures": ["Phi3ForCausalLM"],
@@ -259,7 +258,7 @@ def build(
 
 
 def main() -> None:
-    """Build a model from the command line; the options are those of ``build``."""
+    """Build a model from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write, replaced if it exists")
     parser.add_argument("--downloads", type=Path, help="folder of downloaded packages")

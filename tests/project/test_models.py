@@ -101,6 +101,7 @@ def test_the_key_of_a_model_follows_its_inputs(tmp_path: Path, monkeypatch: pyte
     assert len(keys) == 3
     assert _models.model_key(hf, "1") == _models.model_key(hf, "2")  # no exporter is involved
     assert ROWS in hf.inputs()
+    assert "exporter.py" in {path.name for path in int4.inputs()} - {path.name for path in hf.inputs()}
     models = tmp_path / "models"
     shutil.copytree(SCRIPTS / "models", models, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(_models, "MODELS", models)
