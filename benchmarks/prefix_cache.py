@@ -36,7 +36,7 @@ class Case:
     """One request: the estimated and the measured number of prefilled tokens.
 
     Attributes:
-        name: what the request does.
+        name: description of the request.
         prompt_tokens: length of the prompt.
         estimated: tokens to prefill by `metrics.reused_tokens`.
         milliseconds: measured time to first token.

@@ -1,4 +1,4 @@
-"""Small machines: what can be left out of an image, file systems that cannot be written, and `scripts/edge.py`."""
+"""Small machines: reduced OpenVINO packages, read-only file systems, memory, and `scripts/edge.py`."""
 
 from __future__ import annotations
 

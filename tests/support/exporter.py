@@ -1,4 +1,4 @@
-"""Whether the packages of the `export` extra are installed."""
+"""A mark for tests that need the packages of the `export` extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model recomputed without a cache: what every greedy reply is held against."""
+"""The model computed without a cache, as the reference for greedy replies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Reference:
 
     Args:
         path: its directory.
-        boundary: where a LongRoPE model changes its factors, in tokens.
+        boundary: length at which a LongRoPE model switches its factors, in tokens; None for other models.
     """
 
     def __init__(self, path: Path, boundary: int | None = None) -> None:
@@ -27,20 +27,20 @@ class Reference:
         self._boundary = boundary
 
     def differences(self, prompt: Sequence[int], reply: Sequence[int]) -> list[int]:
-        """The places in a greedy reply at which the model, given all before, would have said something else.
+        """The positions in a greedy reply at which the model predicts another token from all preceding tokens.
 
-        One pass over the whole sequence gives the likeliest token after each of its beginnings, as attention looks back
-        only. The factors of LongRoPE go by the length of a pass, so beginnings up to the boundary get one of their own.
+        Attention is causal, so one pass over the sequence gives the most likely next token of every prefix. The
+        LongRoPE factors depend on the length of a pass, so prefixes up to the boundary take a second pass.
         """
-        whole = [*prompt, *reply]
-        likeliest: dict[int, int] = {}
-        lengths = [len(whole) - 1]
+        sequence = [*prompt, *reply]
+        predicted: dict[int, int] = {}
+        lengths = [len(sequence) - 1]
         if self._boundary is not None:
-            lengths.append(min(self._boundary, len(whole) - 1))
-        for length in lengths:  # the short pass last, as it is right about the beginnings that both cover
-            for position, token in enumerate(self._pass(whole[:length])):
-                likeliest[position + 1] = int(token)
-        return [i for i, token in enumerate(reply) if likeliest[len(prompt) + i] != token]
+            lengths.append(min(self._boundary, len(sequence) - 1))
+        for length in lengths:  # the short pass last: it is right for the prefixes that both cover
+            for position, token in enumerate(self._pass(sequence[:length])):
+                predicted[position + 1] = int(token)
+        return [i for i, token in enumerate(reply) if predicted[len(prompt) + i] != token]
 
     def _pass(self, ids: Sequence[int]) -> Any:
         with self._torch.no_grad():

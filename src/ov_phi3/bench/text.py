@@ -119,7 +119,7 @@ def load_section(
 
     Args:
         load_ms: "total", "model" and "tokenizer".
-        compile_cache: what `LoadReport.cache` says.
+        compile_cache: `LoadReport.cache`.
         inference_ms: the first inference, None if the pipeline was in use before, and the same inference repeated.
         memory_bytes: resident after loading, and peak; None where the system does not report it.
     """
