@@ -53,6 +53,13 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_ngram_size", "stop_criteria")
 _STRUCTURED = ("json_schema", "regex", "grammar")
 _ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold")
+_CHANGING_LOGITS = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logits_processors",
+)
 INFER_REQUEST_OPTIONS = ("logit_bias", "logits_processors", "top_logprobs")
 """Options that GenAI does not have: only `backend="infer_request"` obeys them."""
 
@@ -290,6 +297,11 @@ class GenerationConfig:
     def infer_request_options(self) -> tuple[str, ...]:
         """Options in use that only `backend="infer_request"` has, each as "name=value"."""
         return tuple(self._show(name) for name in self._in_use(INFER_REQUEST_OPTIONS))
+
+    @property
+    def logit_options(self) -> tuple[str, ...]:
+        """Options in use that change the model's logits, each as "name=value"."""
+        return tuple(self._show(name) for name in self._in_use(_CHANGING_LOGITS))
 
     @property
     def is_multi_sequence(self) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3.backends.paged.beam import BeamGroup
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import ModelRunner
@@ -30,7 +31,6 @@ CAPABILITIES = Capabilities(
 )
 
 _UNSUPPORTED = {
-    "num_beams": "beam search",
     "json_schema": "structured output",
     "regex": "structured output",
     "grammar": "structured output",
@@ -125,11 +125,15 @@ class PagedBackend:
         return self._runner.kv_layout
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Beam search, structured output and speculation."""
+        """Structured output and speculation; with beams, what changes logits."""
         for name, what in _UNSUPPORTED.items():
             value = getattr(config, name)
-            if value is not None and not (name == "num_beams" and value == 1):
+            if value is not None:
                 return f"{what} ({name}) is not in backend='infer_request'; load with backend='llm_pipeline' for it."
+        if (config.num_beams or 1) > 1 and (options := config.logit_options):
+            return (
+                f"{options[0]} contradicts num_beams={config.num_beams}: beams are compared by the model's own scores."
+            )
         if config.is_multi_sequence and config.top_logprobs is not None:
             return "top_logprobs is for one reply; num_return_sequences gives each reply's score."
         return None
@@ -169,9 +173,12 @@ class PagedBackend:
         return group.report()
 
     def generate_n(self, request: Request) -> list[Hypothesis]:
-        """Several samples of one prompt, which is computed once."""
-        config = request.config.replace(top_logprobs=0)
-        group = SampleGroup(replace(request, config=config), self._boundary)
+        """Beams, or samples, of one prompt, which is computed once."""
+        group: BeamGroup | SampleGroup
+        if (request.config.num_beams or 1) > 1:
+            group = BeamGroup(request, self._boundary)
+        else:
+            group = SampleGroup(request, self._boundary)
         self._engine.run(group)
         return group.hypotheses()
 
