@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 _MAX_CONCURRENCY = 256
+_DEFAULT_BACKEND = "llm_pipeline"
+_DEFAULT_CONCURRENT_BACKEND = "infer_request"  # several times the tokens per second of GenAI's batching
 _LARGE_MODEL = 2**30  # bytes of weights
 _DEFAULT_ASSISTED_TOKENS = 5  # candidates per step of prompt lookup and draft models; GenAI's own default
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
@@ -53,7 +55,7 @@ def load(
     model_dir: str | os.PathLike[str],
     device: str = "AUTO",
     *,
-    backend: str = "llm_pipeline",
+    backend: str | None = None,
     ov_config: Mapping[str, Any] | None = None,
     context_length: int | None = None,
     kv_cache_gb: float | None = None,
@@ -66,9 +68,9 @@ def load(
     Args:
         model_dir: what `export` wrote, or `optimum-cli export openvino`.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
-        backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`; or "infer_request", our own decode loop, whose
-            KV caches can be saved and loaded, and which has `score`, logits processors and log-probabilities, but no
-            beam search, structured output or speculative decoding. Its cache is float16 by default.
+        backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine on
+            paged attention, the default with `concurrency`. Its KV caches can be saved and loaded, and it has `score`,
+            logits processors and log-probabilities, but no structured output or speculative decoding yet.
         ov_config: OpenVINO properties; they override the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.
@@ -78,9 +80,9 @@ def load(
         prefill_chunk: prompt tokens per chunk of the prefill; between two chunks progress is reported and a reply can
             be cancelled. Default: 2048, and 256 on a CPU with a model of over 1 GiB. 0 means whole prompts, the default
             of "infer_request", which can cancel within a prompt.
-        concurrency: requests that run at once, with continuous batching ("llm_pipeline"; without prompt lookup, draft
-            model or LongRoPE window). The KV cache is sized for as many conversations; the default of `prefill_chunk`
-            is then 256.
+        concurrency: requests that run at once; the KV cache is sized for as many conversations. With
+            backend="llm_pipeline", without prompt lookup, draft model or LongRoPE window, and `prefill_chunk` is 256
+            by default.
         template: the chat template; default: the one that the model's own chat template describes.
 
     Raises:
@@ -94,7 +96,7 @@ def load(
             `ModelInfo.warnings` says.
     """
     began = time.perf_counter()
-    spec = backend_spec(backend)
+    spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
     if template is not None and not isinstance(template, ChatTemplate):
         raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
     versions.check()
@@ -113,6 +115,10 @@ def load(
         raise
     _log.info("loaded %s on %s in %.0f ms", info.path, request.device, report.total_ms)
     return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
+
+
+def _default_backend(concurrency: object) -> str:
+    return _DEFAULT_BACKEND if concurrency == 1 else _DEFAULT_CONCURRENT_BACKEND
 
 
 def _check_arguments(info: ModelInfo, context_length: int | None, prefill_chunk: int | None, concurrency: int) -> None:
