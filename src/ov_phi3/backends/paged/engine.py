@@ -214,7 +214,7 @@ class PagedEngine:
         """Find what is cached of a group that starts, or starts again."""
         first = group.reused_tokens is None
         for sequence in group.sequences:
-            limit = group.match_limit if first else len(sequence) - 1
+            limit = group.match_limit(sequence)
             isolated = group.request.isolated and first
             self._restore_entry(sequence, isolated, limit)
             if not isolated or sequence.num_cached == 0:

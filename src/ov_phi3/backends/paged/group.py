@@ -99,10 +99,9 @@ class Group:
 
     # -- for the engine ----------------------------------------------------------------------------------------------
 
-    @property
-    def match_limit(self) -> int:
-        """Most prompt tokens that may come from the cache: all but the last, which is computed for its logits."""
-        return len(self.prompt) - 1
+    def match_limit(self, sequence: Sequence) -> int:
+        """Most tokens that may come from the cache: all but the last, which is computed for its logits."""
+        return len(sequence) - 1
 
     @property
     def wanted(self) -> bool:
@@ -184,10 +183,9 @@ class PrefillGroup(Group):
 
     entry: KVEntry | None = None
 
-    @property
-    def match_limit(self) -> int:
-        """All tokens."""
-        return len(self.prompt)
+    def match_limit(self, sequence: Sequence) -> int:
+        """All tokens; after a preemption all but the last."""
+        return len(sequence) if self.reused_tokens is None else len(sequence) - 1
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
         """End: everything is computed."""
@@ -214,14 +212,13 @@ class ScoreGroup(Group):
         self._start = start
         self.logprobs: list[float] = []
 
-    @property
-    def match_limit(self) -> int:
-        """The tokens before the one that predicts the first scored id."""
-        return self._start - 1
+    def match_limit(self, sequence: Sequence) -> int:  # noqa: ARG002
+        """The tokens before the one that predicts the next id to score."""
+        return self._start - 1 + len(self.logprobs)
 
     def rows(self, sequence: Sequence, count: int) -> tuple[int, ...]:
-        """The tokens that predict a scored one."""
-        return tuple(range(max(0, self._start - 1 - sequence.num_cached), count))
+        """The tokens that predict an id without a score; after a preemption the earlier ones have theirs."""
+        return tuple(range(max(0, self._start - 1 + len(self.logprobs) - sequence.num_cached), count))
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
         """Look up the log-probabilities of the next ids."""
