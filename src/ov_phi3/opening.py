@@ -79,6 +79,13 @@ def _open(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Tokenizer])
         return spec.open(replace(request, properties={**few_kernels, **request.properties, "CACHE_DIR": cache_dir}))
 
     base = request.properties["CACHE_DIR"]
+    if base and not spec.capabilities.caches_compiled:
+        warning = (
+            f"CACHE_DIR has no effect with backend={spec.capabilities.name!r}: OpenVINO (2026.4.1) never finds its "
+            "edited graph in the compile cache again, and would write a new blob at every load."
+        )
+        properties = {**request.properties, "CACHE_DIR": ""}
+        return OpenedBackend(open_with(""), "off", None, properties, (warning,))
     if not base:
         return OpenedBackend(open_with(""), "off", None, request.properties)
     # A scheduler does not affect the compiled model, and its text differs from run to run.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_scheduler"]
 
-CAPABILITIES = Capabilities("llm_pipeline", batches=True, shares_random_numbers=True)
+CAPABILITIES = Capabilities("llm_pipeline", batches=True, caches_compiled=True, shares_random_numbers=True)
 
 _ASSISTED_OPTIONS = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})

@@ -66,6 +66,7 @@ class Capabilities:
         batches: several requests can run at once.
         schedules: it prefills, batches and crosses the LongRoPE boundary by itself, so that the runner only hands
             requests on.
+        caches_compiled: OpenVINO's compile cache (CACHE_DIR) works with it.
         shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
             must run alone.
     """
@@ -76,6 +77,7 @@ class Capabilities:
     cancels_within_pass: bool = False
     batches: bool = False
     schedules: bool = False
+    caches_compiled: bool = False
     shares_random_numbers: bool = False
 
 
