@@ -73,8 +73,17 @@ class PagedEngine:
             self._inbox.append(group)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ov_phi3-engine", daemon=True)
-                self._thread.start()
-        group.wait()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system has no more threads
+                    self._thread = None
+                    self._inbox.remove(group)
+                    raise
+        try:
+            group.wait()
+        except BaseException:
+            group.give_up()  # Ctrl-C in the caller's thread
+            raise
 
     def match(self, ids: NDArray[np.int64], *, isolated: bool = False) -> int:
         """Tokens of a prompt that are cached, its last one left out."""
@@ -85,7 +94,8 @@ class PagedEngine:
 
     def add_entry(self, entry: KVEntry) -> None:
         """Let groups start from an entry for as long as it is referenced elsewhere."""
-        self._entries.add(entry)
+        with self._lock:
+            self._entries.add(entry)
 
     def close(self) -> None:
         """Wait for the thread to end, and free the model. No group may be running."""
@@ -282,7 +292,9 @@ class PagedEngine:
     ) -> list[tuple[KVEntry, int]]:
         """Entries that share a beginning with a sequence, and its length; if isolated, only whole ones."""
         matching = []
-        for entry in list(self._entries):
+        with self._lock:  # a set must not change while it is iterated over
+            entries = list(self._entries)
+        for entry in entries:
             if entry.long_rope != long_rope:
                 continue
             common = min(_common(entry.ids, ids), limit)
@@ -314,7 +326,11 @@ class PagedEngine:
         wanted = min(2 * before, self._max_blocks)
         if wanted <= before:
             return False
-        self._runner.grow(wanted)
+        try:
+            self._runner.grow(wanted)
+        except (MemoryError, RuntimeError):  # no more memory: preempt instead
+            self._max_blocks = before
+            return False
         self.blocks.grow(wanted)
         return True
 

@@ -62,6 +62,7 @@ class Group:
         self.reused_tokens: int | None = None
         self.recomputed_tokens = 0
         self.error: BaseException | None = None
+        self._given_up = False
         self._finished = threading.Lock()  # closed until the group has finished; one C call, safe under Ctrl-C
         self._finished.acquire()
 
@@ -77,6 +78,10 @@ class Group:
         self._finished.release()
         if self.error is not None:
             raise self.error
+
+    def give_up(self) -> None:
+        """Note that the caller does not wait any more."""
+        self._given_up = True
 
     def finish(self, error: BaseException | None = None) -> None:
         """End the group: none of its sequences continues. The first error counts."""
@@ -106,7 +111,8 @@ class Group:
     @property
     def wanted(self) -> bool:
         """Whether somebody still waits for it."""
-        return self.request.should_continue is None or self.request.should_continue()
+        should_continue = self.request.should_continue
+        return not self._given_up and (should_continue is None or should_continue())
 
     def report_progress(self) -> bool:
         """Report how much of the prompt is prefilled; returns whether to continue."""

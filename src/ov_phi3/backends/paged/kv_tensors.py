@@ -84,24 +84,27 @@ class KVTensorPool:
         return sum(port.block_bytes for port in self._ports)
 
     def grow(self, num_blocks: int) -> None:
-        """Allocate tensors for more blocks and copy the contents of the present ones."""
-        before, kept = self.tensors, self.num_blocks
-        old_bytes = self._bytes
-        self._bytes = []
-        self.tensors = {}
-        self.num_blocks = num_blocks
+        """Allocate tensors for more blocks and copy the contents of the present ones.
+
+        Raises:
+            MemoryError, RuntimeError: there is no memory for them; nothing has changed.
+        """
+        kept = self.num_blocks
+        new_bytes: list[NDArray[np.uint8]] = []
+        tensors: dict[str, Any] = {}
         for index, port in enumerate(self._ports):
             if self._context is None:
                 array = _aligned(num_blocks * port.block_bytes).reshape(num_blocks, port.block_bytes)
                 if kept:
-                    array[:kept] = old_bytes[index]
-                self._bytes.append(array)
-                self.tensors[port.name] = self._host_tensor(array, port, num_blocks)
+                    array[:kept] = self._bytes[index]
+                new_bytes.append(array)
+                tensors[port.name] = self._host_tensor(array, port, num_blocks)
             else:
                 tensor = self._context.create_tensor(port.type, _shape(port, num_blocks), {})
                 if kept:
-                    self._copy_remote(before[port.name], tensor, port, kept)
-                self.tensors[port.name] = tensor
+                    self._copy_remote(self.tensors[port.name], tensor, port, kept, num_blocks)
+                tensors[port.name] = tensor
+        self._bytes, self.tensors, self.num_blocks = new_bytes, tensors, num_blocks
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block to another."""
@@ -132,11 +135,11 @@ class KVTensorPool:
         self.tensors[port.name].copy_to(self._host_tensor(array, port, self.num_blocks))
         return array
 
-    def _copy_remote(self, source: Any, target: Any, port: CachePort, blocks: int) -> None:
-        array = _aligned(self.num_blocks * port.block_bytes).reshape(self.num_blocks, port.block_bytes)
+    def _copy_remote(self, source: Any, target: Any, port: CachePort, blocks: int, num_blocks: int) -> None:
+        array = _aligned(num_blocks * port.block_bytes).reshape(num_blocks, port.block_bytes)
         array[blocks:] = 0
         source.copy_to(self._host_tensor(array[:blocks], port, blocks))
-        target.copy_from(self._host_tensor(array, port, self.num_blocks))
+        target.copy_from(self._host_tensor(array, port, num_blocks))
 
     @staticmethod
     def _host_tensor(array: NDArray[np.uint8], port: CachePort, blocks: int) -> Any:
