@@ -5,6 +5,7 @@ Every reply equals one that is computed without a cache, and no block is lost.
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from ov_phi3.backends.paged.group import Group, PrefillGroup, ReplyGroup, Sample
 from ov_phi3.backends.paged.scheduler import OutOfBlocks
 from ov_phi3.backends.protocol import Cancelled, Request
 from ov_phi3.backends.sampling import log_softmax
+from ov_phi3.kv.entry import KVEntry
 
 Ids = list[int]
 
@@ -218,3 +220,195 @@ def test_random_histories_with_passes_that_fail(part: int) -> None:
             outcomes[name] = outcomes.get(name, 0) + count
     assert sum(count for name, count in outcomes.items() if name.endswith("failed")) > 20
     assert outcomes["reply right"] > 20
+
+
+# -- single rules ------------------------------------------------------------------------------------------------------
+
+
+def run_all(engine: PagedEngine, groups: Sequence[Group]) -> None:
+    """Run groups at once, each in a thread of its own; the first exception is raised."""
+    errors: list[BaseException] = []
+
+    def run(group: Group) -> None:
+        try:
+            engine.run(group)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    await_idle(engine)
+    if errors:
+        raise errors[0]
+
+
+class Gate:
+    """Holds the first pass until `open`, so that what arrives meanwhile shares the next step."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, step: Sequence[Any]) -> None:
+        self.reached.set()
+        assert self._open.wait(60)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_a_cancelled_pass_is_computed_again() -> None:
+    """Nobody cancelled these requests, so that they end as if nothing had happened."""
+    failing = [3, 4, 9]
+    runner = FakeRunner(40, lambda _: cancel() if runner.passes in failing else None)
+
+    def cancel() -> None:
+        raise Cancelled
+
+    engine = engine_of(runner)
+    replies = [Reply() for _ in range(4)]
+    prompts = [[index, *range(9 * index)] for index in range(4)]
+    run_all(
+        engine,
+        [ReplyGroup(request(ids, max_new_tokens=12), reply) for ids, reply in zip(prompts, replies, strict=True)],
+    )
+    assert [reply.ids for reply in replies] == [greedy(ids, 12) for ids in prompts]
+
+
+def test_the_blocks_of_a_failed_pass_match_nothing() -> None:
+    """What a pass wrote before it failed is unknown; what was computed before stays."""
+    runner = FakeRunner(40, lambda _: fail() if runner.passes == 6 else None)
+
+    def fail() -> None:
+        raise Failure
+
+    engine = engine_of(runner)
+    ids = list(range(10))
+    reply = Reply()
+    with pytest.raises(Failure):
+        engine.run(ReplyGroup(request(ids, max_new_tokens=20), reply))
+    await_idle(engine)
+    assert reply.ids == greedy(ids, 5)  # the prefill and four decodes; the fifth one failed
+    whole = [*ids, *greedy(ids, 20)]
+    assert engine.match(np.array(whole)) == 12
+    again = Reply()
+    engine.run(ReplyGroup(request(ids, max_new_tokens=20), again))
+    assert again.ids == greedy(ids, 20)
+
+
+def test_a_score_that_is_preempted_has_every_logprob_once() -> None:
+    gate = Gate()
+    runner = FakeRunner(16, gate)
+    engine = engine_of(runner, chunk=8)
+    reply = Reply()
+    ids, whole = [1, 2, 3], [index % VOCABULARY for index in range(40)]
+    score = ScoreGroup(request(whole), 2)
+    first = threading.Thread(target=engine.run, args=(ReplyGroup(request(ids, max_new_tokens=45), reply),))
+    first.start()
+    assert gate.reached.wait(60)
+    second = threading.Thread(target=engine.run, args=(score,))
+    second.start()
+    gate.open()
+    first.join()
+    second.join()
+    await_idle(engine)
+    assert reply.ids == greedy(ids, 45)
+    assert np.allclose(score.logprobs, scored(whole, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_without_memory_to_grow_the_engine_preempts(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner(12)
+    engine = engine_of(runner, max_blocks=60)
+    tried: list[int] = []
+
+    def grow(num_blocks: int) -> None:
+        tried.append(num_blocks)
+        raise error
+
+    monkeypatch.setattr(runner, "grow", grow)
+    prompts = [[index] * 10 for index in range(4)]
+    replies = [Reply() for _ in prompts]
+    run_all(
+        engine,
+        [ReplyGroup(request(ids, max_new_tokens=20), reply) for ids, reply in zip(prompts, replies, strict=True)],
+    )
+    assert [reply.ids for reply in replies] == [greedy(ids, 20) for ids in prompts]
+    assert len(tried) == 1
+    with pytest.raises(OutOfBlocks):
+        engine.run(ReplyGroup(request([1] * 60, max_new_tokens=5), Reply()))
+    await_idle(engine)
+
+
+def test_entries_may_be_added_while_requests_look_for_one() -> None:
+    runner = FakeRunner(40)
+    engine = engine_of(runner)
+    prefill = PrefillGroup(request([1, 2, 3, 4, 5]))
+    engine.run(prefill)
+    assert prefill.entry is not None
+    tensors = prefill.entry.tensors
+    entries: list[KVEntry] = []
+    ended = threading.Event()
+
+    def add() -> None:
+        while not ended.is_set() and len(entries) < 3_000:
+            entries.append(KVEntry(np.array([60, 60]), tensors))
+            engine.add_entry(entries[-1])
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    replies = [Reply() for _ in range(40)]
+    try:
+        for reply in replies:
+            engine.run(ReplyGroup(request([7, 7, 7], max_new_tokens=2), reply))
+    finally:
+        ended.set()
+        thread.join()
+    assert all(reply.ids == greedy([7, 7, 7], 2) for reply in replies)
+
+
+def test_an_entry_is_used_as_long_as_it_is_held() -> None:
+    engine = engine_of(FakeRunner(40))
+    prefill = PrefillGroup(request([5] * 11))
+    engine.run(prefill)
+    entry = prefill.entry
+    assert entry is not None
+    assert entry.ids.tolist() == [5] * 11
+    other = engine_of(FakeRunner(40))
+    other.add_entry(entry)
+    assert other.match(np.array([5] * 20)) == 11
+    reply = Reply()
+    group = ReplyGroup(request([*[5] * 11, 6], max_new_tokens=6), reply)
+    other.run(group)
+    assert (group.reused_tokens, reply.ids) == (11, greedy([*[5] * 11, 6], 6))
+    del entry, prefill
+    gc.collect()
+    assert other.match(np.array([5] * 9 + [1])) == 9  # now from the blocks of the reply
+    assert engine_of(FakeRunner(40)).match(np.array([5] * 20)) == 0
+
+
+def test_isolated_requests_share_nothing() -> None:
+    """A seeded reply is the same whatever ran before, so that it computes its whole prompt."""
+    engine = engine_of(FakeRunner(40))
+    engine.run(ReplyGroup(request([5] * 11, max_new_tokens=3), Reply()))
+    group = ReplyGroup(request([5] * 11, max_new_tokens=3, isolated=True), Reply())
+    engine.run(group)
+    assert group.reused_tokens == 0
+    again = ReplyGroup(request([5] * 11, max_new_tokens=3), Reply())
+    engine.run(again)
+    assert again.reused_tokens == 10
+
+
+def test_the_long_factors_are_not_mixed_with_the_short_ones() -> None:
+    """A reply that crosses the boundary is computed again once; both sides stay cached."""
+    engine = engine_of(FakeRunner(60), boundary=16)
+    ids = list(range(12))
+    group = ReplyGroup(request(ids, max_new_tokens=10), reply := Reply(), 16)
+    engine.run(group)
+    assert reply.ids == greedy(ids, 10, 16)
+    assert group.recomputed_tokens == 17
+    assert engine.match(np.array([*ids, *reply.ids])) == 21
+    assert engine.match(np.array(ids)) == 11
