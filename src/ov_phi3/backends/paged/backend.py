@@ -11,7 +11,7 @@ import numpy as np
 from ov_phi3.backends.paged.beam import BeamGroup
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
-from ov_phi3.backends.paged.model_runner import ModelRunner
+from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis
 from ov_phi3.errors import ConfigError, GenerationError
 from ov_phi3.system.core import never_freed_in_children
@@ -39,6 +39,7 @@ _UNSUPPORTED = {
 }
 _FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config")
 _FIRST_TOKENS = 1024  # of a cache that grows
+_GPU_CHUNK = 1024
 
 
 class PagedBackendSpec:
@@ -95,24 +96,22 @@ class PagedBackend:
     def __init__(self, request: LoadRequest) -> None:
         never_freed_in_children(self)
         self.warnings: list[str] = []
-        info, window = request.info, request.kv.context_length
+        info, kv = request.info, request.kv
         boundary = info.rope_boundary
-        self._boundary = boundary if boundary is not None and boundary < window else None
-        self._capacity = request.kv.capacity or window * request.concurrency
-        fixed = bool(request.kv.capacity)
-        first = self._capacity if fixed else min(self._capacity, _FIRST_TOKENS)
-        runner = ModelRunner(
+        self._boundary = boundary if boundary is not None and boundary < kv.context_length else None
+        self._runner = ModelRunner(
             info.path,
             request.device.name,
             request.properties,
-            num_blocks=lambda size: -(-first // size) + 1,
+            num_blocks=lambda size, block_bytes: _first_blocks(request, size, block_bytes),
             rope_boundary=self._boundary,
         )
-        most = -(-self._capacity // runner.block_size) + request.concurrency
-        self._runner = runner
-        self._engine = PagedEngine(
-            runner, rope_boundary=self._boundary, chunk=request.max_step_tokens, max_blocks=0 if fixed else most
-        )
+        size = self._runner.block_size
+        most = 0 if kv.num_blocks else SCRATCH_BLOCKS + request.concurrency * (-(-kv.context_length // size) + 1)
+        self._capacity = (max(most, self._runner.pool.num_blocks) - SCRATCH_BLOCKS) * size
+        # A GPU cannot cancel a pass, so a long prompt needs chunks there.
+        chunk = request.max_step_tokens or (_GPU_CHUNK if request.device.kind == "GPU" else 0)
+        self._engine = PagedEngine(self._runner, rope_boundary=self._boundary, chunk=chunk, max_blocks=most)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -217,3 +216,16 @@ class PagedBackend:
 
 def _check_protocol(backend: PagedBackend) -> Backend:
     return backend  # mypy holds the class against the protocol here
+
+
+def _first_blocks(request: LoadRequest, block_size: int, block_bytes: int) -> int:
+    """Blocks to allocate at load, the scratch block included.
+
+    The plan estimates the size of a block. The compiled model knows it, and a budget in bytes holds by that.
+    """
+    kv = request.kv
+    if not kv.num_blocks:
+        tokens = min(_FIRST_TOKENS, kv.context_length * request.concurrency)
+        return SCRATCH_BLOCKS + -(-tokens // block_size)
+    budget = kv.num_blocks * kv.layout.block_bytes(request.info)
+    return max(SCRATCH_BLOCKS + 1, budget // block_bytes)

@@ -41,7 +41,7 @@ class PagedEngine:
         runner: the compiled model and its cache.
         rope_boundary: see `ModelInfo.rope_boundary`; None if the boundary cannot be reached.
         chunk: most prefill tokens in a step; 0 for whole prompts.
-        max_blocks: blocks that the cache may grow to.
+        max_blocks: blocks that the cache may grow to, the scratch block included; 0 for a cache of fixed size.
 
     Attributes:
         blocks: the block manager.
@@ -52,7 +52,7 @@ class PagedEngine:
     ) -> None:
         self._runner = runner
         self._boundary = rope_boundary
-        self._max_blocks = SCRATCH_BLOCKS + max_blocks
+        self._max_blocks = max_blocks
         self.blocks = BlockManager(runner.pool.num_blocks, runner.block_size, reserved=SCRATCH_BLOCKS)
         self._scheduler = Scheduler(self.blocks, admit=self._admit, copy=runner.pool.copy, grow=self._grow, chunk=chunk)
         self._pace = Pace()

@@ -53,7 +53,8 @@ class ModelRunner:
         model_dir: an exported model.
         device: an OpenVINO device name.
         properties: for `Core.compile_model`.
-        num_blocks: blocks of the cache, from the block size, which the compiled model determines.
+        num_blocks: blocks of the cache, the scratch block included, from the tokens and the bytes of a block, which the
+            compiled model determines.
         rope_boundary: see `ModelInfo.rope_boundary`; None if the boundary cannot be reached.
 
     Attributes:
@@ -67,7 +68,7 @@ class ModelRunner:
         device: str,
         properties: Mapping[str, Any],
         *,
-        num_blocks: Callable[[int], int],
+        num_blocks: Callable[[int, int], int],
         rope_boundary: int | None = None,
     ) -> None:
         with keeping_signal_stack():
@@ -75,7 +76,8 @@ class ModelRunner:
             self._compiled: Any = shared_core().compile_model(graph.model, device, dict(properties))
         self.ports = cache_ports(self._compiled)
         self.block_size = self.ports[1].block_shape[1]  # values are [heads, tokens, ...] on every device
-        self.pool = KVTensorPool(self.ports, device, SCRATCH_BLOCKS + num_blocks(self.block_size))
+        block_bytes = sum(port.block_bytes for port in self.ports)
+        self.pool = KVTensorPool(self.ports, device, num_blocks(self.block_size, block_bytes))
         self._request: Any = self._compiled.create_infer_request()
         self._inputs = _Inputs(self._request, has_long_rope=graph.has_long_rope)
         self._bind_cache()
