@@ -242,6 +242,16 @@ class BlockManager:
 
     # -- invariants --------------------------------------------------------------------------------------------------
 
+    def check_idle(self) -> None:
+        """Check, in constant time, that no sequence holds a block and none is lost.
+
+        Raises:
+            AssertionError: an invariant is violated.
+        """
+        with self._lock:
+            unused = len(self._free) + len(self._cached)
+            _require(unused == self.num_blocks, f"{self.num_blocks - unused} blocks are held by no sequence")
+
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Check that every block is in one state and every reference comes from a table.
 

@@ -111,17 +111,17 @@ class PagedEngine:
         mark_engine_thread()
         while self._take_in():
             self._step()
-        self.check()
 
     def _take_in(self) -> bool:
         """Take in new groups; False if nothing is left to do, so that the thread ends."""
         with self._lock:
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft())
-            if not self._scheduler.groups:
-                self._thread = None
-                return False
-            return True
+            if self._scheduler.groups:
+                return True
+            self._thread = None
+            self.blocks.check_idle()
+            return False
 
     def _step(self) -> None:
         """Schedule, run, deliver."""
