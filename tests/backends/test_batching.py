@@ -12,7 +12,6 @@ import pytest
 
 import ov_phi3
 from ov_phi3 import ConfigError, Pipeline, TokenStream
-from ov_phi3.engine.queue import Turn, Turns
 
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True}
 PROMPTS = [[300 + 7 * number, 400, 500 + number] + [600 + number] * (40 * number) for number in range(6)]
@@ -141,7 +140,7 @@ def test_a_long_prompt_is_given_up_between_two_steps(tiny_fp32: Path, device: st
     with ov_phi3.load(tiny_fp32, device=device, concurrency=2, prefill_chunk=32) as pipe:
         turns: list[int] = []
         ready = threading.Event()
-        batch: Any = pipe._backend
+        batch: Any = pipe.engine.check_open()
         step = batch._batch._step
 
         def counted(handle: Any) -> None:
@@ -186,35 +185,3 @@ def test_refused_where_rotary_factors_change(longrope: tuple[Path, Path, int], d
 def test_needs_a_number(tiny_fp32: Path) -> None:
     with pytest.raises(TypeError, match="concurrency must be a whole number"):
         ov_phi3.load(tiny_fp32, concurrency=True)
-
-
-class TestLine:
-    def test_one_alone_waits_for_all_before_it_and_holds_all_behind_it(self) -> None:
-        line = Turns(3)
-        first, second, alone, behind = Turn(), Turn(), Turn(alone=True), Turn()
-        for turn in (first, second, alone, behind):
-            line.join(turn)
-        assert line.begin(first, 0)
-        assert line.begin(second, 0)
-        assert not alone.wait(0)
-        assert not behind.wait(0)
-        line.leave(second)
-        assert not alone.wait(0)
-        line.leave(first)
-        assert line.begin(alone, 0)
-        assert not behind.wait(0)
-        line.leave(alone)
-        assert line.begin(behind, 0)
-
-    def test_one_given_up_lets_the_next_go(self) -> None:
-        line = Turns(1)
-        first, second, third = Turn(), Turn(), Turn()
-        for turn in (first, second, third):
-            line.join(turn)
-        assert line.begin(first, 0)
-        line.give_up(second)
-        assert not line.begin(second, 0)
-        line.leave(second)
-        assert not third.wait(0)
-        line.leave(first)
-        assert line.begin(third, 0)

@@ -1,4 +1,4 @@
-"""A chat keeps the ids of every turn as they were, and a turn that fails never was."""
+"""A chat keeps the exact ids of every turn, and a failed turn leaves it as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from reference import Reference
-from scripted import ScriptedBackend
+from scripted import WORD, MakePipe, ScriptedBackend
 
 import ov_phi3
 from ov_phi3 import (
@@ -26,28 +26,28 @@ from ov_phi3 import (
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_ids_grow_and_are_what_the_engine_is_asked(pipe: Pipeline, system: str | None) -> None:
+def test_ids_grow_and_equal_the_prompts(pipe: Pipeline, system: str | None) -> None:
     chat = pipe.chat(system=system)
     before: list[int] = []
     for text in ("Name a fruit.", "Another one.", "And a vegetable?"):
         result = chat.send(text, max_new_tokens=12)
-        # What was there stays as it is, up to the reply's own end token.
+        # The earlier ids stay, up to the reply's own end token.
         assert result.prompt_token_ids[: len(before)] == before
         before = result.prompt_token_ids + result.token_ids
         assert chat.token_ids.tolist() == before
-        # The same ids asked for directly give the same reply.
+        # The same ids as a prompt give the same reply.
         assert pipe.generate(result.prompt_token_ids, max_new_tokens=12).token_ids == result.token_ids
     roles = [m["role"] for m in chat.messages]
     assert roles == ([] if system is None else ["system"]) + ["user", "assistant"] * 3
 
 
-def test_ids_are_the_rendered_conversations(tiny_pipe: Pipeline) -> None:
-    """With the real Phi-3 tokenizer: a conversation built turn by turn is the conversation laid out at once."""
+def test_ids_equal_the_rendered_conversations(tiny_pipe: Pipeline) -> None:
+    """With the real Phi-3 tokenizer: a conversation built turn by turn has the ids of one rendered at once."""
     first = tiny_pipe.chat(system="Be brief.")
     first.send("One.", max_new_tokens=1)  # a random model: its reply ends at the limit, without an end token
     reply = first.token_ids[-1]
     second = first.send("Two.", max_new_tokens=1)
-    laid_out = tiny_pipe.tokenizer.encode_messages(
+    rendered = tiny_pipe.tokenizer.encode_messages(
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "One."},
@@ -56,8 +56,8 @@ def test_ids_are_the_rendered_conversations(tiny_pipe: Pipeline) -> None:
         ]
     ).tolist()
     assistant = tiny_pipe.tokenizer.control_tokens["<|assistant|>"]
-    at = laid_out.index(assistant) + 1
-    assert second.prompt_token_ids == laid_out[:at] + [int(reply)] + laid_out[at:]
+    at = rendered.index(assistant) + 1
+    assert second.prompt_token_ids == rendered[:at] + [int(reply)] + rendered[at:]
 
 
 def test_end_tokens_of_a_reply_are_not_doubled(pipe: Pipeline) -> None:
@@ -68,7 +68,7 @@ def test_end_tokens_of_a_reply_are_not_doubled(pipe: Pipeline) -> None:
     assert ids.count(end) == 3  # two user turns and one reply
 
 
-def test_a_turn_that_fails_never_was(pipe: Pipeline) -> None:
+def test_a_failed_turn_leaves_the_chat_as_it_was(pipe: Pipeline) -> None:
     chat = pipe.chat()
     chat.send("Name a fruit.", max_new_tokens=5)
     messages, ids = chat.messages, chat.token_ids.tolist()
@@ -80,7 +80,7 @@ def test_a_turn_that_fails_never_was(pipe: Pipeline) -> None:
     assert chat.send("Another one.", max_new_tokens=5).token_ids
 
 
-def test_a_cancelled_turn_keeps_what_came(pipe: Pipeline) -> None:
+def test_a_cancelled_turn_keeps_its_part_of_the_reply(pipe: Pipeline) -> None:
     chat = pipe.chat()
     stream = chat.stream("Write a very long story.", ignore_eos=True)
     for count, _ in enumerate(stream):
@@ -116,19 +116,19 @@ def test_several_chats_take_turns(pipe: Pipeline) -> None:
         assert [c.send(question, max_new_tokens=8).token_ids for c in chats] == [ids] * 3
 
 
-def test_one_reply_at_a_time(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_reply_at_a_time(make: MakePipe) -> None:
     gate = threading.Semaphore(0)
-    monkeypatch.setattr(pipe, "_backend", ScriptedBackend([[9690]], gate=gate))
+    pipe, _ = make([[WORD]], gate=gate)
     chat = pipe.chat()
     stream = chat.stream("One.")
     with pytest.raises(StreamError, match="still coming"):
         chat.stream("Two.")
     gate.release(2)
-    assert stream.result.token_ids == [9690]
-    assert chat.send("Two.").token_ids == [9690]
+    assert stream.result.token_ids == [WORD]
+    assert chat.send("Two.").token_ids == [WORD]
 
 
-def test_a_system_turn_that_the_layout_lacks(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_message_that_the_template_lacks(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from ov_phi3 import ChatTemplate
 
     monkeypatch.setattr(pipe.tokenizer, "template", ChatTemplate.phi3_april_2024())
@@ -152,8 +152,8 @@ def reference(demo_hf: Path) -> Reference:
 
 
 def turn(chat: Chat, text: str, reference: Reference | None = None, **options: Any) -> GenerationResult:
-    """One greedy turn; checked: the prompt begins with all that was said, what was computed of it is at most a block
-    more than what is new, and the reply is the reference's.
+    """One greedy turn, with checks: the prompt begins with the conversation, at most one block more than the new tokens
+    is prefilled, and the reply equals the reference's.
     """
     before = chat.token_ids.tolist()
     result = chat.send(text, **{"max_new_tokens": 16, "do_sample": False, **options})
@@ -195,7 +195,7 @@ def test_after_a_rewind(exact: Pipeline, reference: Reference) -> None:
     chat.rewind(turns=2)
     assert (chat.messages, chat.token_ids.tolist()) == states[0]
     turn(chat, "Name a river.", reference)
-    with pytest.raises(ConfigError, match=r"rewind\(turns=2\); expected 0 to 1"):
+    with pytest.raises(ConfigError, match=r"turns=2; expected 0 to 1"):
         chat.rewind(2)
     with pytest.raises(ConfigError, match="expected 0 to 1"):
         chat.rewind(-1)
@@ -318,7 +318,7 @@ def test_dropping_keeps_the_ids_of_what_stays(narrow: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["error", "drop_oldest"])
-def test_what_can_never_fit(narrow: Pipeline, overflow: str) -> None:
+def test_a_message_that_can_never_fit(narrow: Pipeline, overflow: str) -> None:
     chat = narrow.chat(system="Be brief.", overflow=overflow)
     chat.send("Name a fruit.", max_new_tokens=8)
     before = (chat.messages, chat.token_ids.tolist(), chat.dropped_turns)
@@ -340,13 +340,14 @@ def test_a_system_message_that_fills_the_window(narrow: Pipeline) -> None:
         narrow.chat(system="really " * 600)
 
 
-def test_a_failure_takes_the_dropping_back(narrow: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_turn_drops_nothing(narrow: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = narrow.chat(overflow="drop_oldest")
     while len(chat.token_ids) < 440:
         chat.send("Tell me about the sea. " * 4, max_new_tokens=24, ignore_eos=True)
     before = (chat.messages, chat.token_ids.tolist(), chat.dropped_turns)
     with monkeypatch.context() as patch:
-        patch.setattr(narrow, "_backend", ScriptedBackend([[5]], failure=RuntimeError("broken")))
+        broken = ScriptedBackend([[5]], failure=RuntimeError("broken"))
+        patch.setattr(narrow.engine.check_open(), "generate", broken.generate)
         with pytest.raises(GenerationError, match="broken"):
             chat.send("Tell me about the sea. " * 12, max_new_tokens=24)
     assert (chat.messages, chat.token_ids.tolist(), chat.dropped_turns) == before

@@ -1,4 +1,4 @@
-"""What must be seen from outside, in processes of their own: no abort, no hang, nothing sent."""
+"""Tests in processes of their own, where an abort, a hang or a network request is seen: there is none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print("openvino_telemetry" in sys.modules)
 """
 
 
-def test_openvino_sends_nothing_on_our_account(tiny_fp32: Path, device: str) -> None:
+def test_openvino_sends_no_telemetry(tiny_fp32: Path, device: str) -> None:
     done = run(QUIET, tiny_fp32, device)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
@@ -86,63 +86,67 @@ def test_a_tokenizer_that_points_outside_itself(
 
 @pytest.mark.parametrize("pipes", ["tiny_pipe", "tiny_loop", "tiny_batch"])
 class TestManyAtOnce:
-    """8 threads and 50 tasks with 20 requests each: every one gets the answer that it gets alone."""
+    """8 threads and 50 tasks with 20 requests each: every reply equals that of a request without others."""
 
     PROMPTS = tuple([300 + 7 * number, 400, 500 + number, 600] for number in range(12))
 
     def test_threads(self, pipes: str, request: pytest.FixtureRequest) -> None:
         pipe: Pipeline = request.getfixturevalue(pipes)
-        alone = [self.asked(pipe, prompt) for prompt in self.PROMPTS]
-        found: dict[tuple[int, int], list[int]] = {}
+        alone = [self.ask(pipe, prompt) for prompt in self.PROMPTS]
+        replies: dict[tuple[int, int], list[int]] = {}
 
         def work(worker: int) -> None:
             for number in range(20):
-                found[worker, number] = self.asked(pipe, self.PROMPTS[(worker + number) % 12])
+                replies[worker, number] = self.ask(pipe, self.PROMPTS[(worker + number) % 12])
 
         threads = [threading.Thread(target=work, args=(worker,)) for worker in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == {(w, n): alone[(w + n) % 12] for w in range(8) for n in range(20)}
+        assert replies == {(w, n): alone[(w + n) % 12] for w in range(8) for n in range(20)}
 
     async def test_tasks(self, pipes: str, request: pytest.FixtureRequest) -> None:
         pipe: Pipeline = request.getfixturevalue(pipes)
-        alone = [self.asked(pipe, prompt) for prompt in self.PROMPTS]
+        alone = [self.ask(pipe, prompt) for prompt in self.PROMPTS]
 
         async def work(worker: int) -> list[list[int]]:
             return [
                 (await pipe.stream(self.PROMPTS[(worker + n) % 12], **OPTIONS).aresult()).token_ids for n in range(20)
             ]
 
-        found = await asyncio.gather(*(work(worker) for worker in range(50)))
-        assert found == [[alone[(worker + n) % 12] for n in range(20)] for worker in range(50)]
+        replies = await asyncio.gather(*(work(worker) for worker in range(50)))
+        assert replies == [[alone[(worker + n) % 12] for n in range(20)] for worker in range(50)]
 
-    def asked(self, pipe: Pipeline, prompt: list[int]) -> list[int]:
+    def ask(self, pipe: Pipeline, prompt: list[int]) -> list[int]:
         return pipe.generate(prompt, **OPTIONS).token_ids
 
 
-GIVEN_UP = """
+CANCELLED = """
 import contextlib, random, sys
 import ov_phi3
-from ov_phi3.backends.protocol import Cancelled, infer_request
+from ov_phi3.backends.paged.model_runner import ModelRunner
+from ov_phi3.backends.protocol import Cancelled
 
 wait_ms = None
 
 
-def infer_while(request, wanted):
-    if wait_ms is None:
+def infer_while(runner, should_continue):
+    global wait_ms
+    after, wait_ms = wait_ms, None  # the second attempt of a cancelled pass is not cancelled
+    request = runner._request
+    if after is None:
         request.infer()
         return
     request.start_async()
-    if not request.wait_for(wait_ms):
+    if not request.wait_for(after):
         request.cancel()
         with contextlib.suppress(RuntimeError):
             request.wait()
         raise Cancelled
 
 
-infer_request.InferRequestBackend._infer_while = staticmethod(infer_while)
+ModelRunner._infer_while = infer_while
 options = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 3, "seed": 1}
 with ov_phi3.load(sys.argv[1], device=sys.argv[2], backend="infer_request", context_length=512) as pipe:
     prompts = {length: list(range(1000, 1000 + length)) for length in (24, 78)}
@@ -152,13 +156,13 @@ with ov_phi3.load(sys.argv[1], device=sys.argv[2], backend="infer_request", cont
         for _ in range(60):
             wait_ms = draw.choice([None, 0, 2, 5, 8, 12, 20])
             length = draw.choice([24, 78])
-            found = pipe.generate(prompts[length], **options).token_ids
-            assert found in ([], known[length]), (length, wait_ms, found, known[length])
+            replies = pipe.generate(prompts[length], **options).token_ids
+            assert replies in ([], known[length]), (length, wait_ms, replies, known[length])
 print("all right")
 """
 
 
-def test_passes_that_were_given_up_leave_the_engine_right(demo_int4: Path, device: str) -> None:
-    # Without `_recover`, which runs another pass behind each, the next fails, or kills the process.
-    done = run(GIVEN_UP, demo_int4, device)
+def test_cancelled_passes_leave_the_engine_right(demo_int4: Path, device: str) -> None:
+    # Without `_repair`, which runs another pass after each, the next pass fails or kills the process.
+    done = run(CANCELLED, demo_int4, device)
     assert (done.returncode, done.stdout) == (0, "all right\n"), done.stderr

@@ -7,15 +7,17 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from paged import evict_all
 from reference import Reference
 
 import ov_phi3
-from ov_phi3 import Pipeline, SnapshotError, StreamError
+from ov_phi3 import ModelWarning, Pipeline, SnapshotError, StreamError
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.entry import KVEntry
 from ov_phi3.kv.fingerprint import fingerprint_of
@@ -52,8 +54,7 @@ class TestSaved:
     def test_evicted_keys_are_computed_again(self, loop: Pipeline, tmp_path: Path) -> None:
         chat = loop.chat(system=SYSTEM)
         chat.send("Name a river.", **GREEDY)
-        backend: Any = loop.engine.check_open()
-        backend.slots.close()
+        evict_all(loop)
         assert chat.kv.cached_tokens == 0
         chat.save(tmp_path / "a.kv")
         assert loop.load_chat(tmp_path / "a.kv").kv.cached_tokens == len(chat.token_ids) - 1
@@ -145,13 +146,28 @@ class TestSaved:
 
     def test_ids_and_shapes_of_another_model(self, tiny_loop: Pipeline, tmp_path: Path) -> None:
         fingerprint = fingerprint_of(tiny_loop.info, tiny_loop.tokenizer.template)
-        for name, forged in (
-            ("shape", snapshot.Snapshot("prefix", fingerprint, small().ids, small().entry)),
-            ("ids", snapshot.Snapshot("prefix", fingerprint, np.array([10**7]), KVEntry.empty())),
+        whole = tiny_loop.prefill(list(range(300, 340))).entry
+        tensors = whole.tensors
+        narrow = replace(tensors, arrays=tuple(array[:, :-1] for array in tensors.arrays))
+        fewer = replace(tensors, arrays=tensors.arrays[:-2])
+        sparse = replace(tensors, arrays=tuple(array[:1] for array in tensors.arrays), block_size=1000)
+        for name, ids, entry in (
+            ("shape", whole.ids, replace(whole, tensors=narrow)),
+            ("layers", whole.ids, replace(whole, tensors=fewer)),
+            ("blocks", whole.ids, replace(whole, tensors=sparse)),
+            ("ids", np.array([10**7]), KVEntry.empty()),
         ):
-            snapshot.write(tmp_path / name, forged)
+            snapshot.write(tmp_path / name, snapshot.Snapshot("prefix", fingerprint, ids, entry))
             with pytest.raises(SnapshotError, match="damaged"):
                 tiny_loop.load_prefix(tmp_path / name)
+
+    def test_another_memory_layout_is_prefilled_again(self, tiny_loop: Pipeline, tmp_path: Path) -> None:
+        fingerprint = fingerprint_of(tiny_loop.info, tiny_loop.tokenizer.template)
+        snapshot.write(tmp_path / "a.kv", snapshot.Snapshot("prefix", fingerprint, small().ids, small().entry))
+        with pytest.warns(ModelWarning, match="another memory layout .*Save it again"):
+            prefix = tiny_loop.load_prefix(tmp_path / "a.kv")
+        assert prefix.token_ids.tolist() == small().ids.tolist()
+        assert prefix.dtype == "f32"
 
     def test_no_room_in_the_window(self, tiny_loop: Pipeline, tiny_fp32: Path, device: str, tmp_path: Path) -> None:
         tiny_loop.prefill(list(range(300, 400))).save(tmp_path / "p.kv")
@@ -164,16 +180,19 @@ class TestSaved:
 
 @pytest.mark.parametrize("precision", ["f16", "u8", "f32"])
 def test_precisions(demo_int4: Path, device: str, tmp_path: Path, precision: str) -> None:
-    """The saved values equal the engine's, at two or four bytes each; only an integer cache has no exact copy."""
+    """The saved blocks equal the engine's, bit for bit, in every precision."""
     config = {"KV_CACHE_PRECISION": precision}
     with ov_phi3.load(demo_int4, device=device, backend="infer_request", ov_config=config) as pipe:
         prefix = pipe.prefill([{"role": "system", "content": SYSTEM}])
         size = prefix.save(tmp_path / "p.kv")
         loaded = pipe.load_prefix(tmp_path / "p.kv")
-        assert loaded.exact == prefix.exact == (precision != "u8")
-        exactly = 4 if prefix.dtype == "F32" else 2
-        assert (prefix.dtype == "F32") == (precision == "f32")
-        assert abs(size - len(prefix) * pipe.info.kv_bytes_per_token_for(8 * exactly)) < 32_000
+        assert loaded.exact
+        assert prefix.exact
+        assert loaded.dtype == prefix.dtype == precision
+        layout = pipe.engine.kv_plan.layout
+        blocks = -(-len(prefix) // layout.block_size)
+        assert prefix.nbytes == blocks * layout.block_bytes(pipe.info)
+        assert abs(size - prefix.nbytes) < 32_000
         first = pipe.generate("Who are you?", prefix=loaded, **GREEDY).token_ids
         assert pipe.generate("Who are you?", prefix=prefix, **GREEDY).token_ids == first
 

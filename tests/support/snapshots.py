@@ -4,28 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ov_phi3.kv import snapshot
-from ov_phi3.kv.entry import DTYPES, KVEntry, KVTensors
+from ov_phi3.kv.entry import KVEntry, KVTensors
+
+DTYPES = ("f32", "f16", "bf16")
 
 
-def small(dtype: str = "F16", kind: str = "prefix", tokens: int = 5) -> snapshot.Snapshot:
-    """A snapshot of two layers, two heads and eight channels."""
+def small(dtype: str = "f16", kind: str = "prefix", tokens: int = 5) -> snapshot.Snapshot:
+    """A snapshot of two layers, with blocks of four tokens, 24 bytes of keys and 40 bytes of values."""
     draw = np.random.default_rng(1)
-    arrays = tuple(
-        draw.integers(0, 2**16, (2, tokens, 8)).astype(DTYPES[dtype])
-        if dtype == "BF16"
-        else draw.normal(size=(2, tokens, 8)).astype(DTYPES[dtype])
-        for _ in range(4)
-    )
+    blocks = -(-tokens // 4)
+    arrays = tuple(draw.integers(0, 256, (blocks, width), dtype=np.uint8) for width in (24, 40, 24, 40))
     ids = np.arange(tokens + (kind == "chat"), dtype=np.int64)
-    entry = KVEntry(ids[:tokens], KVTensors(dtype, arrays), long_rope=True)
+    entry = KVEntry(ids[:tokens], KVTensors("4 tokens a block", dtype, 4, arrays), long_rope=True)
     conversation = {"system": None, "turns": [["ä", "b", [1, 2]]]} if kind == "chat" else None
     return snapshot.Snapshot(kind, {"model": "m", "engine": "e"}, ids, entry, conversation)
+
+
+def version_1(kind: str = "chat", dtype: str = "F16") -> bytes:
+    """A file of format 1, which held keys and values as tensors of shape [kv_heads, tokens, head_dim]."""
+    ids = np.arange(6, dtype="<i8")
+    kv = [np.full((2, 5, 8), layer, dtype={"F32": "<f4"}.get(dtype, "<u2")) for layer in range(4)]
+    conversation = json.dumps({"system": None, "turns": []}).encode() if kind == "chat" else b""
+    parts = [ids.tobytes(), *(array.tobytes() for array in kv), conversation]
+    checksums = np.array([zlib.crc32(part) for part in parts], dtype="<u4").tobytes()
+    numbers = {"version": 1, "ids": 6, "tokens": 5, "layers": 2, "kv_heads": 2, "head_dim": 8}
+    metadata = {
+        "format": snapshot.FORMAT,
+        **{name: str(value) for name, value in numbers.items()},
+        "conversation_bytes": str(len(conversation)),
+        "kind": kind,
+        "dtype": dtype,
+        "exact": "true",
+        "past_boundary": "false",
+        "model": "m",
+    }
+    entries: list[tuple[str, str, list[int], bytes]] = [("token_ids", "I64", [6], parts[0])]
+    names = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    entries += [(name, dtype, [2, 5, 8], part) for name, part in zip(names, parts[1:5], strict=True)]
+    entries += [("checksums", "U32", [6], checksums), ("conversation", "U8", [len(conversation)], conversation)]
+    table: dict[str, Any] = {}
+    begin = 0
+    for name, kind_of, shape, data in [*entries, ("header_sha256", "U8", [32], bytes(32))]:
+        table[name] = {"dtype": kind_of, "shape": shape, "data_offsets": [begin, begin + len(data)]}
+        begin += len(data)
+    text = json.dumps({"__metadata__": metadata, **table}).encode()
+    head = len(text).to_bytes(8, "little") + text
+    return head + b"".join(data for *_, data in entries) + hashlib.sha256(head).digest()
 
 
 def same(one: snapshot.Snapshot, other: snapshot.Snapshot) -> bool:
@@ -35,7 +66,8 @@ def same(one: snapshot.Snapshot, other: snapshot.Snapshot) -> bool:
         == (other.kind, dict(other.fingerprint), other.conversation, other.entry.long_rope)
         and one.ids.tolist() == other.ids.tolist()
         and one.entry.ids.tolist() == other.entry.ids.tolist()
-        and one.entry.tensors.dtype == other.entry.tensors.dtype
+        and (one.entry.tensors.layout, one.entry.tensors.dtype, one.entry.tensors.block_size)
+        == (other.entry.tensors.layout, other.entry.tensors.dtype, other.entry.tensors.block_size)
         and all(
             a.tobytes() == b.tobytes()
             for a, b in zip(one.entry.tensors.arrays, other.entry.tensors.arrays, strict=True)
