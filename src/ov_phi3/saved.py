@@ -37,6 +37,8 @@ def read_saved(
     if saved.kind != kind:
         raise SnapshotError(f"{source} holds a {saved.kind}, not a {kind}; load it with {_LOADERS[saved.kind]}().")
     check_fingerprint(saved.fingerprint, model.fingerprint, source, any_release=any_release)
+    if not model.engine.fits(saved.entry):
+        raise SnapshotError(f"{source} is damaged: its blocks of keys and values are not those of this model's cache.")
     if len(saved.ids) and not 0 <= int(saved.ids.min()) <= int(saved.ids.max()) < info.vocab_size:
         raise SnapshotError(f"{source} is damaged: it has token ids outside the vocabulary.")
     if len(saved.ids) >= window:

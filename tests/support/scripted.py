@@ -41,6 +41,7 @@ class ScriptedBackend:
     prefix_index: PrefixIndex | None = None
     capabilities: Capabilities = field(default_factory=lambda: Capabilities("llm_pipeline"))
     needs_whole_prompts: bool = False
+    kv_layout: str = ""
     warnings: list[str] = field(default_factory=list)
 
     def unsupported(self, config: GenerationConfig) -> str | None:
@@ -74,7 +75,10 @@ class ScriptedBackend:
     def score(self, request: Request, start: int, on_progress: Callable[[int], bool], chunk: int) -> list[float]:
         raise NotImplementedError
 
-    def export_kv(self, ids: Any, *, long_rope: bool) -> Any:
+    def fits(self, entry: Any) -> bool:
+        return False
+
+    def compute_kv(self, request: Request) -> Any:
         raise NotImplementedError
 
     def import_kv(self, entry: Any) -> None:

@@ -286,6 +286,10 @@ class LLMPipelineBackend:
         """Not available: `LLMPipeline` gives no access to its cache."""
         raise NotImplementedError
 
+    def fits(self, entry: KVEntry) -> bool:  # noqa: ARG002
+        """False: `LLMPipeline` gives no access to its cache."""
+        return False
+
     def import_kv(self, entry: KVEntry) -> None:
         """Not available: `LLMPipeline` gives no access to its cache."""
         raise NotImplementedError

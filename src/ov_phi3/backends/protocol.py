@@ -210,6 +210,10 @@ class Backend(Protocol):
         """How the blocks of its cache lie in memory, as text; "" if they cannot be read."""
         ...
 
+    def fits(self, entry: KVEntry) -> bool:
+        """Whether an entry of the same `kv_layout` has all blocks that its ids need, in the sizes of this cache."""
+        ...
+
     def compute_kv(self, request: Request) -> KVEntry:
         """A copy of the keys and values of the request's ids; those that are not cached are computed first."""
         ...

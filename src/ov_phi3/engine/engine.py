@@ -268,6 +268,15 @@ class Engine:
         self.check_open()
         return self.prefill(ids) if self.capabilities.saves_kv and len(ids) else None
 
+    def fits(self, entry: KVEntry) -> bool:
+        """Whether the backend can use an entry of its memory layout; True for one of another layout.
+
+        Raises:
+            ClosedError: the engine was closed.
+        """
+        backend = self.check_open()
+        return not entry.tensors.arrays or entry.tensors.layout != backend.kv_layout or backend.fits(entry)
+
     def import_kv(self, entry: KVEntry) -> bool:
         """Let requests reuse an entry for as long as the caller holds it.
 

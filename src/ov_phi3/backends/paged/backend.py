@@ -201,6 +201,12 @@ class PagedBackend:
             raise GenerationError("the engine no longer has the keys and values that it just computed.")
         return group.entry
 
+    def fits(self, entry: KVEntry) -> bool:
+        """Whether an entry of the same `kv_layout` has all blocks that its ids need, in the sizes of this cache."""
+        sizes = [port.block_bytes for port in self._runner.ports]
+        blocks = -(-len(entry.ids) // self._runner.block_size)
+        return [array.shape[1] for array in entry.tensors.arrays] == sizes and entry.tensors.blocks >= blocks
+
     def import_kv(self, entry: KVEntry) -> None:
         """Let requests start from an entry for as long as it is referenced elsewhere."""
         self._engine.add_entry(entry)
