@@ -2,10 +2,10 @@
 
     python benchmarks/snapshots.py [MODEL] [--device CPU] [--tokens 512] [--json FILE] [--check]
 
-*Saved prefixes*: the script prefills a prompt of `--tokens` tokens and saves its KV cache. Each round loads the file
-and generates one token after it, with a different next token each time. Loading is compared with the time to first
-token of fresh prompts of the same length, in the same run. The first rounds of a process are slower, as memory for the
-sequence is allocated: the first one is reported separately ("cold"), and the following warm-up rounds are discarded.
+*Saved prefixes*: in each round one pipeline prefills a fresh prompt of `--tokens` tokens and saves its KV cache, and
+another pipeline loads the file and generates a token after it. Loading is compared with the time to first token of
+fresh prompts of the same length, in the same run. The first rounds of a process are slower, as memory for the sequence
+is allocated: the first one is reported separately ("cold"), and the following warm-up rounds are discarded.
 
 *The backend*: per-token latency of `backend="infer_request"` divided by that of `llm_pipeline`, side by side with fresh
 prompts of 32 tokens, alternating; and the peak memory of both, each in a separate process.
@@ -78,50 +78,70 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def saved_prefixes(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prefill, save, load and continue; return all samples, in milliseconds."""
     rng = random.Random(options.seed)
-    path = folder / "prefix.kv"
-    with ov_phi3.load(options.model, device=options.device, backend="infer_request") as pipe:
-        pipe.warmup()
+    load = {"device": options.device, "backend": "infer_request"}
+    with ov_phi3.load(options.model, **load) as writer, ov_phi3.load(options.model, **load) as reader:
+        writer.warmup()
+        reader.warmup()
         progress("prefilling ...")
-        prefill = []
-        for number in range(-1, options.repeat):
-            ids = ov_phi3.random_prompt(pipe, options.tokens, rng)
-            ttft_ms = pipe.generate(ids, max_new_tokens=1, **GREEDY).metrics.ttft_ms
-            if number >= 0:
-                prefill.append(ttft_ms or math.nan)
-        ids = ov_phi3.random_prompt(pipe, options.tokens, rng)
-        prefix, prefill_and_read_ms = timed(lambda: pipe.prefill(ids))
-        size, save_ms = timed(functools.partial(prefix.save, path))
-        expected = pipe.generate([5, 6, 7], prefix=prefix, max_new_tokens=16, **GREEDY).token_ids
-        facts = {"dtype": prefix.dtype, "exact": prefix.exact}
-        del prefix
+        prefill = prefill_times(writer, rng, options)
         rounds = []
-        equal = True
         for number in range(1 + options.warmup + options.repeat):
             progress(f"loading, round {number + 1} ...")
-            started = time.perf_counter()
-            prefix, load_ms = timed(lambda: pipe.load_prefix(path))
-            pipe.generate([100 + number], prefix=prefix, max_new_tokens=1, **GREEDY)
-            rounds.append((load_ms, (time.perf_counter() - started) * 1000.0))
-            ids_after_load = pipe.generate([5, 6, 7], prefix=prefix, max_new_tokens=16, **GREEDY).token_ids
-            equal = equal and ids_after_load == expected
-            del prefix
-        switching = switch_prefixes(pipe, rng, options)
-        float16_bytes = options.tokens * pipe.info.kv_bytes_per_token
-    measured = rounds[1 + options.warmup :]
+            rounds.append(save_and_load(writer, reader, rng, folder / "prefix.kv", options.tokens))
+        switching = switch_prefixes(reader, rng, options)
+        float16_bytes = options.tokens * reader.info.kv_bytes_per_token
+    first, measured = rounds[0], rounds[1 + options.warmup :]
     return {
         "tokens": options.tokens,
-        **facts,
-        "file_bytes": size,
+        "dtype": first["dtype"],
+        "exact": first["exact"],
+        "file_bytes": first["file_bytes"],
         "float16_bytes": float16_bytes,
-        "equal_ids": equal,
+        "equal_ids": all(row["equal_ids"] for row in rounds),
         "prefill_ms": prefill,
+        "prefill_and_read_ms": statistics.median(row["prefill_and_read_ms"] for row in measured),
+        "save_ms": statistics.median(row["save_ms"] for row in measured),
+        "cold_load_ms": first["load_ms"],
+        "cold_next_token_ms": first["load_and_next_token_ms"],
+        "load_ms": [row["load_ms"] for row in measured],
+        "load_and_next_token_ms": [row["load_and_next_token_ms"] for row in measured],
+        "switch_and_next_token_ms": switching,
+    }
+
+
+def prefill_times(pipe: ov_phi3.Pipeline, rng: random.Random, options: argparse.Namespace) -> list[float]:
+    """Time to first token of fresh prompts, milliseconds, after a warm-up prompt."""
+    times = []
+    for number in range(-1, options.repeat):
+        ids = ov_phi3.random_prompt(pipe, options.tokens, rng)
+        ttft_ms = pipe.generate(ids, max_new_tokens=1, **GREEDY).metrics.ttft_ms
+        if number >= 0:
+            times.append(ttft_ms or math.nan)
+    return times
+
+
+def save_and_load(
+    writer: ov_phi3.Pipeline, reader: ov_phi3.Pipeline, rng: random.Random, path: Path, tokens: int
+) -> dict[str, Any]:
+    """Save a fresh prefix with one pipeline; load it with another, which has none of its tokens, and continue.
+
+    Both pipelines continue with the same token, under equal conditions, so the ids of the replies must be equal.
+    """
+    ids = ov_phi3.random_prompt(writer, tokens, rng)
+    prefix, prefill_and_read_ms = timed(lambda: writer.prefill(ids))
+    size, save_ms = timed(functools.partial(prefix.save, path))
+    expected = writer.generate([5], prefix=prefix, max_new_tokens=16, **GREEDY)
+    loaded, load_ms = timed(lambda: reader.load_prefix(path))
+    reply = reader.generate([5], prefix=loaded, max_new_tokens=16, **GREEDY)
+    return {
+        "dtype": prefix.dtype,
+        "exact": prefix.exact,
+        "file_bytes": size,
         "prefill_and_read_ms": prefill_and_read_ms,
         "save_ms": save_ms,
-        "cold_load_ms": rounds[0][0],
-        "cold_next_token_ms": rounds[0][1],
-        "load_ms": [load for load, _ in measured],
-        "load_and_next_token_ms": [total for _, total in measured],
-        "switch_and_next_token_ms": switching,
+        "load_ms": load_ms,
+        "load_and_next_token_ms": load_ms + (reply.metrics.ttft_ms or math.nan),
+        "equal_ids": reply.token_ids == expected.token_ids,
     }
 
 
