@@ -30,8 +30,8 @@ BUILD = ("hatchling>=1.27", "editables")
 # optimum-intel requires it, an export of a language model never uses it, and it would install another torch.
 EXCLUDED = ("torchvision",)
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# The platforms of OpenVINO's wheels. On Linux for ARM they need a newer glibc than the resolver assumes.
-PLATFORMS = ("x86_64-unknown-linux-gnu", "aarch64-manylinux_2_35", "x86_64-pc-windows-msvc", "aarch64-apple-darwin")
+# The platforms of OpenVINO's wheels. On Linux some wheels need a newer glibc than the resolver assumes.
+PLATFORMS = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_35", "x86_64-pc-windows-msvc", "aarch64-apple-darwin")
 HEADER = """\
 # Every package of the test environment: exact versions, with the hashes of all their files.
 # Made by `python scripts/lock.py`; do not edit. Valid for Python 3.10 to 3.13 on Linux, Windows and macOS.

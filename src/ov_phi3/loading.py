@@ -70,7 +70,7 @@ def load(
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine
             on paged attention, the default with `concurrency`. Its KV caches can be saved and loaded, and it has
-            `score`, logits processors and log-probabilities, but no structured output or speculative decoding yet.
+            `score`, logits processors and log-probabilities, but no speculative decoding yet.
         ov_config: OpenVINO properties; they override the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.

@@ -60,6 +60,7 @@ def open_backend(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Toke
     Raises:
         ConfigError, DeviceError, ModelError: it does not load; the class says why.
     """
+    request = replace(request, tokenizer=tokenizer)
     try:
         return _open(spec, request, tokenizer)
     except Error:

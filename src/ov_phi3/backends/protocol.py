@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.sizing import KVCachePlan
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.system.devices import DeviceInfo
+    from ov_phi3.text.tokenizer import Tokenizer
 
 __all__ = [
     "BACKENDS",
@@ -242,6 +245,7 @@ class LoadRequest:
         kv: planned size of the KV cache.
         concurrency: requests that run at once.
         max_step_tokens: tokens that one step of several requests may compute; 0 for any number.
+        tokenizer: the model's tokenizer, which is opened at the same time.
         paging_required: paged attention must not be given up, since the cache's size or `concurrency` depends on it.
     """
 
@@ -252,6 +256,7 @@ class LoadRequest:
     concurrency: int = 1
     max_step_tokens: int = 0
     paging_required: bool = False
+    tokenizer: Future[Tokenizer] | None = None
 
 
 class BackendSpec(Protocol):

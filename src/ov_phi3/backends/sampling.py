@@ -57,11 +57,12 @@ class Sampler:
         self._generator = np.random.Generator(np.random.PCG64(config.seed or 0))
         self._modifies_logits = bool(self._seen is not None or self._counted or bias or config.logits_processors)
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
+    def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
         """The next token.
 
         Args:
             logits: of the last position, float32, shape [vocabulary]; not modified.
+            allowed: which tokens may be chosen, bool, shape [vocabulary]; None for all.
 
         Raises:
             CallbackFailed: a logits processor raised, or returned something other than logits.
@@ -74,6 +75,8 @@ class Sampler:
             scores = self._processed(np.array(logits, dtype=np.float32))
             if suppressed:
                 scores[self._ends] = -np.inf
+        if allowed is not None:
+            scores = _restrict(scores, logits, allowed)
         token = self._draw(scores) if config.do_sample else int(scores.argmax())
         if not np.isfinite(scores[token]):
             raise GenerationError(
@@ -146,6 +149,16 @@ class Sampler:
         index = int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right"))
         index = min(index, len(sums) - 1)
         return index if ids is None else int(ids[index])
+
+
+def _restrict(
+    scores: NDArray[np.float32], logits: NDArray[np.float32], allowed: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """The scores of the allowed tokens; if other options rule all of them out, the structure goes first."""
+    restricted = np.where(allowed, scores, np.float32(-np.inf))
+    if np.isneginf(restricted).all():
+        restricted = np.where(allowed, logits, np.float32(-np.inf))
+    return restricted
 
 
 def filter_candidates(

@@ -219,6 +219,20 @@ class Tokenizer:
         rstrip = frozenset(token for token, ids in zip(token_ids, behind, strict=True) if ids == [token])
         return lstrip, rstrip
 
+    def encode_continuation(self, text: str) -> NDArray[np.int64]:
+        """Token ids of a text that continues another one: without the mark that SentencePiece puts in front of a text.
+
+        Control tokens in the text are text. Returns ids of shape [tokens].
+
+        Raises:
+            PromptError: the text contains a lone surrogate.
+        """
+        _check_encodable(text)
+        ids = self._graph.encode([text], continues=True)[0]
+        if self._is_unsafe(text, ids):  # then no two characters may meet
+            ids = [i for single in self._graph.encode(list(text), continues=True) for i in single]
+        return np.array(ids, dtype=np.int64)
+
     # -- to text -----------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = True) -> str:
@@ -235,6 +249,15 @@ class Tokenizer:
         checked = as_ids(ids, self.vocab_size)
         decoder = self.stream_decoder(skip_special_tokens=skip_special_tokens)
         return decoder.add(checked.tolist()) + decoder.flush()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are left out of decoded text."""
+        return self._bytes.skipped
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds inside a text; b"" for ids that only pad the vocabulary."""
+        return self._bytes.token_bytes(token_id)
 
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """An incremental decoder; its results, joined, equal `decode` of all ids."""

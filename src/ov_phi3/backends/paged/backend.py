@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.backends.paged.beam import BeamGroup
+from ov_phi3.backends.paged.constraint import ConstraintCompiler
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
@@ -31,9 +33,6 @@ CAPABILITIES = Capabilities(
 )
 
 _UNSUPPORTED = {
-    "json_schema": "structured output",
-    "regex": "structured output",
-    "grammar": "structured output",
     "num_assistant_tokens": "speculative decoding",
     "assistant_confidence_threshold": "speculative decoding",
 }
@@ -96,6 +95,8 @@ class PagedBackend:
     def __init__(self, request: LoadRequest) -> None:
         never_freed_in_children(self)
         self.warnings: list[str] = []
+        self._tokenizer = request.tokenizer
+        self._vocab_size, self._end_ids = request.info.vocab_size, request.info.eos_token_ids
         info, kv = request.info, request.kv
         boundary = info.rope_boundary
         self._boundary = boundary if boundary is not None and boundary < kv.context_length else None
@@ -124,7 +125,7 @@ class PagedBackend:
         return self._runner.kv_layout
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Structured output and speculation; with beams, what changes logits."""
+        """Speculation; with beams, what changes logits; a structure that cannot be compiled."""
         for name, what in _UNSUPPORTED.items():
             value = getattr(config, name)
             if value is not None:
@@ -135,7 +136,17 @@ class PagedBackend:
             )
         if config.is_multi_sequence and config.top_logprobs is not None:
             return "top_logprobs is for one reply; num_return_sequences gives each reply's score."
+        try:
+            self._constraints.start(config)
+        except ConfigError as exc:
+            return str(exc)
         return None
+
+    @functools.cached_property
+    def _constraints(self) -> ConstraintCompiler:
+        if self._tokenizer is None:
+            raise ConfigError("structured output needs the tokenizer that load() opens.")
+        return ConstraintCompiler(self._tokenizer.result(), self._end_ids, self._vocab_size)
 
     def uses_prefix_cache(self, request: Request) -> bool:  # noqa: ARG002
         """Always."""
@@ -167,7 +178,7 @@ class PagedBackend:
 
     def generate(self, request: Request, sink: TokenSink) -> BackendReport:
         """Stream one reply."""
-        group = ReplyGroup(request, sink, self._boundary)
+        group = ReplyGroup(request, sink, self._boundary, self._constraints.start(request.config))
         self._engine.run(group)
         return group.report()
 
@@ -177,7 +188,7 @@ class PagedBackend:
         if (request.config.num_beams or 1) > 1:
             group = BeamGroup(request, self._boundary)
         else:
-            group = SampleGroup(request, self._boundary)
+            group = SampleGroup(request, self._boundary, self._constraints.start(request.config))
         self._engine.run(group)
         return group.hypotheses()
 

@@ -21,6 +21,7 @@ from ov_phi3.backends.sampling import Sampler, log_softmax
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.backends.paged.constraint import Constraint
     from ov_phi3.backends.protocol import Request, TokenSink
     from ov_phi3.kv.entry import KVEntry
 
@@ -136,9 +137,16 @@ class Group:
 class ReplyGroup(Group):
     """One reply, streamed token by token."""
 
-    def __init__(self, request: Request, sink: TokenSink, rope_boundary: int | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        sink: TokenSink,
+        rope_boundary: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
         super().__init__(request, rope_boundary)
         self._sink = sink
+        self._constraint = constraint
         self._sampler = Sampler(request.config, request.ids, request.end_ids)
         self._stop_ids = request.stop_ids
         self._limit = request.config.max_new_tokens or 0
@@ -150,7 +158,7 @@ class ReplyGroup(Group):
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
         """Choose the next token and deliver it."""
         for sequence, logits in rows:
-            token = self._sampler.choose(logits[-1])
+            token = self._sampler.choose(logits[-1], None if self._constraint is None else self._constraint.allowed())
             logprob = self._sampler.logprobs(logits[-1], token)
             self._last = time.perf_counter()
             if self._first is None:
@@ -159,8 +167,15 @@ class ReplyGroup(Group):
             proceed = self._sink([token]) if logprob is None else self._sink([token], (logprob,))
             made = len(sequence) - sequence.num_prompt
             self._hit_limit = made >= self._limit and token not in self._stop_ids
-            if token in self._stop_ids or made >= self._limit or not proceed:
+            if token in self._stop_ids or made >= self._limit or not proceed or self._is_complete(token):
                 self.finish()
+
+    def _is_complete(self, token: int) -> bool:
+        """Whether the structure, if there is one, ends with this token."""
+        if self._constraint is None:
+            return False
+        self._constraint.consume(token)
+        return self._constraint.ended
 
     def abandon(self) -> None:
         """End the reply with what has come; before its first token it is cancelled."""
@@ -241,7 +256,9 @@ class ScoreGroup(Group):
 class SampleGroup(Group):
     """Several samples of one prompt, as forks of its sequence: the prompt is computed once."""
 
-    def __init__(self, request: Request, rope_boundary: int | None = None) -> None:
+    def __init__(
+        self, request: Request, rope_boundary: int | None = None, constraint: Constraint | None = None
+    ) -> None:
         super().__init__(request, rope_boundary)
         count, seed = request.config.num_return_sequences or 1, request.config.seed or 0
         self._samplers = [
@@ -257,6 +274,7 @@ class SampleGroup(Group):
         self._stop_ids = request.stop_ids
         self._limit = request.config.max_new_tokens or 0
         self._scores: list[float] = [0.0] * count
+        self._constraints = [None if constraint is None else constraint.fork() for _ in range(count)]
         self._samples: list[Sequence] = []
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
@@ -269,11 +287,15 @@ class SampleGroup(Group):
             rows = [(sample, logits) for sample in self._samples]
         for sequence, logits in rows:
             index = self._samples.index(sequence)
-            token = self._samplers[index].choose(logits[-1])
+            constraint = self._constraints[index]
+            token = self._samplers[index].choose(logits[-1], None if constraint is None else constraint.allowed())
             logprob = self._samplers[index].logprobs(logits[-1], token)
             self._scores[index] += 0.0 if logprob is None else logprob.logprob
             sequence.append([token])
-            if token in self._stop_ids or len(sequence) - sequence.num_prompt >= self._limit:
+            if constraint is not None:
+                constraint.consume(token)
+            complete = constraint is not None and constraint.ended
+            if complete or token in self._stop_ids or len(sequence) - sequence.num_prompt >= self._limit:
                 self.sequences.remove(sequence)
         if not self.sequences:
             self.finish()

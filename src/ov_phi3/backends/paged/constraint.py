@@ -1,0 +1,169 @@
+"""Structured output: which tokens may come next, by a JSON schema, a regular expression or a grammar.
+
+The grammar engine is llguidance (https://github.com/guidance-ai/llguidance), the package of the extra `structured`. It
+gets the bytes of every token from this library's tokenizer, so that its view of the vocabulary is the decoder's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ov_phi3.errors import ConfigError, GenerationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.text.tokenizer import Tokenizer
+
+__all__ = ["Constraint", "ConstraintCompiler"]
+
+_CACHED = 64  # compiled grammars
+_STRUCTURED = ("json_schema", "regex", "grammar")
+
+
+class Constraint:
+    """The tokens that one reply may have.
+
+    Args:
+        matcher: an `LLMatcher` in its initial state.
+        vocab_size: width of the logits.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._bits = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the structure is complete and cannot go on."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next; bool, shape [vocabulary].
+
+        Raises:
+            GenerationError: the grammar has become too complex.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+        return bits[: self._vocab_size].view(np.bool_)
+
+    def consume(self, token: int) -> None:
+        """Note the token that was chosen.
+
+        Raises:
+            GenerationError: the token was not allowed, or the grammar has become too complex.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def fork(self) -> Constraint:
+        """A copy in the same state."""
+        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GenerationError(
+                f"the structured reply cannot go on: {_one_line(self._matcher.get_error())}. Use a simpler schema or "
+                "grammar."
+            )
+
+
+class ConstraintCompiler:
+    """Compiles the structures that configs ask for, and keeps the last ones.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        end_ids: the model's end tokens.
+        vocab_size: width of the logits.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: tuple[int, ...], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._vocab_size = vocab_size
+        self._compile = functools.lru_cache(_CACHED)(self._compile_grammar)
+
+    def start(self, config: GenerationConfig) -> Constraint | None:
+        """A constraint for a reply; None if the config asks for no structure.
+
+        Raises:
+            ConfigError: llguidance is not installed, or does not accept the structure.
+        """
+        for kind in _STRUCTURED:
+            text = getattr(config, kind)
+            if text is not None:
+                return Constraint(self._compile(kind, text).deep_copy(), self._vocab_size)
+        return None
+
+    def _compile_grammar(self, kind: str, text: str) -> Any:
+        if importlib.util.find_spec("llguidance") is None:
+            raise ConfigError(
+                f"{kind} with backend='infer_request' needs the package llguidance: pip install 'llguidance>=1.9'."
+            )
+        import llguidance
+
+        try:
+            grammar = _grammar(kind, text)
+        except (ValueError, RecursionError) as exc:
+            raise ConfigError(f"{kind} was not accepted: {_one_line(str(exc))}.") from exc
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"{kind} was not accepted: {_one_line(matcher.get_error())}.")
+        return matcher
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        import llguidance
+
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._end_ids, self._vocab_size))
+        return llguidance.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_ids))
+
+
+class _Vocabulary:
+    """A vocabulary in the form that llguidance takes."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: tuple[int, ...], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = end_ids[0] if end_ids else vocab_size - 1
+        special = {*tokenizer.special_ids, *end_ids, *tokenizer.control_tokens.values()}
+        self.special_token_ids = sorted(special)
+        names = {token: name for name, token in tokenizer.control_tokens.items()}
+        # Special tokens have no text: their names only tell them apart.
+        self.tokens = [
+            names.get(i, f"<|{i}|>").encode() if i in special else tokenizer.token_bytes(i) for i in range(vocab_size)
+        ]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Ids of a text that continues another one."""
+        plain = text.decode("utf-8") if isinstance(text, bytes) else text
+        ids: list[int] = self._tokenizer.encode_continuation(plain).tolist()
+        return ids
+
+
+def _grammar(kind: str, text: str) -> str:
+    """A structure in llguidance's own form."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if kind == "json_schema":
+        # Compact: small models fill a reply with white space if they may.
+        return LLMatcher.grammar_from_json_schema(json.loads(text), defaults={"whitespace_flexible": False})
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(text)
+    return LLMatcher.grammar_from_lark(any_to_lark(text))
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)[:300].rstrip(".")
