@@ -113,7 +113,7 @@ class ConstraintCompiler:
 
         try:
             grammar = _grammar(kind, text)
-        except (ValueError, RecursionError) as exc:
+        except Exception as exc:  # llguidance's converter raises plain exceptions
             raise ConfigError(f"{kind} was not accepted: {_one_line(str(exc))}.") from exc
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
