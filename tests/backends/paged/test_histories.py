@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -350,21 +352,24 @@ def test_entries_may_be_added_while_requests_look_for_one() -> None:
     engine.run(prefill)
     assert prefill.entry is not None
     tensors = prefill.entry.tensors
-    entries: list[KVEntry] = []
+    entries: deque[KVEntry] = deque(maxlen=200)
     ended = threading.Event()
 
     def add() -> None:
-        while not ended.is_set() and len(entries) < 3_000:
+        while not ended.is_set():
             entries.append(KVEntry(np.array([60, 60]), tensors))
             engine.add_entry(entries[-1])
 
     thread = threading.Thread(target=add)
-    thread.start()
     replies = [Reply() for _ in range(40)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    thread.start()
     try:
         for reply in replies:
             engine.run(ReplyGroup(request([7, 7, 7], max_new_tokens=2), reply))
     finally:
+        sys.setswitchinterval(interval)
         ended.set()
         thread.join()
     assert all(reply.ids == greedy([7, 7, 7], 2) for reply in replies)
@@ -412,3 +417,22 @@ def test_the_long_factors_are_not_mixed_with_the_short_ones() -> None:
     assert group.recomputed_tokens == 17
     assert engine.match(np.array([*ids, *reply.ids])) == 21
     assert engine.match(np.array(ids)) == 11
+
+
+@pytest.mark.parametrize("make", [SampleGroup, BeamGroup])
+def test_every_reply_of_several_stays_cached(make: Any) -> None:
+    """Forks register their own blocks, behind their own tokens."""
+    engine = engine_of(FakeRunner(80))
+    ids = [9] * 6
+    options = {"num_return_sequences": 3, "seed": 3} if make is SampleGroup else {"num_beams": 3}
+    group = make(request(ids, max_new_tokens=15, **options))
+    engine.run(group)
+    await_idle(engine)
+    replies = [reply.ids for reply in group.hypotheses()]
+    assert len({tuple(reply) for reply in replies}) == len(replies) > 0
+    cached = [engine.match(np.array([*ids, *reply])) for reply in replies]
+    assert cached == [20] * 3 if make is SampleGroup else max(cached) == 20
+    for reply in replies:
+        again = Reply()
+        engine.run(ReplyGroup(request([*ids, *reply], max_new_tokens=5), again))
+        assert again.ids == greedy([*ids, *reply], 5)
