@@ -138,18 +138,15 @@ class Conversation:
         """
         turns: list[Turn] = []
         left = tokens
-        for index, turn in enumerate(self.turns):
-            last = index == len(self.turns) - 1
-            reply = turn.reply if last else self._without_end(turn.reply)
+        for turn in self.turns:
             left -= len(turn.added)
             if left < 1:
                 break
-            if left >= len(reply):
-                turns.append(turn)
-                left -= len(reply)
-                continue
-            turns.append(replace(turn, reply=turn.reply[:left], assistant=decode(turn.reply[:left])))
-            break
+            if left < len(turn.reply):
+                turns.append(replace(turn, reply=turn.reply[:left], assistant=decode(turn.reply[:left])))
+                break
+            turns.append(turn)
+            left -= len(self._without_end(turn.reply))  # the next turn continues without the reply's end token
         return replace(self, turns=tuple(turns))
 
     def _without_end(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
