@@ -216,7 +216,7 @@ class PagedEngine:
         """A copy of the keys and values of a sequence."""
         blocks = sequence.blocks[: -(-sequence.num_cached // self.blocks.block_size)]
         ids = np.array(sequence.ids[: sequence.num_cached])
-        return KVEntry(ids, self._runner.kv_tensors(blocks), sequence.is_long)
+        return KVEntry(ids, self._runner.kv_tensors(blocks, len(ids)), sequence.is_long)
 
     # -- the cache ---------------------------------------------------------------------------------------------------
 

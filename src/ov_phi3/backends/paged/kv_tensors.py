@@ -127,6 +127,21 @@ class KVTensorPool:
             host[list(blocks)] = content
             self.tensors[port.name].copy_from(self._host_tensor(host, port, self.num_blocks))
 
+    def clear_unused(self, contents: Sequence[NDArray[np.uint8]], used: int) -> None:
+        """Clear the slots behind the first `used` tokens of the last block, which hold tokens of other sequences.
+
+        Args:
+            contents: in the form that `read` returns.
+            used: tokens of the last block.
+        """
+        block_size = self._ports[1].block_shape[1]
+        for port, content in zip(self._ports, contents, strict=True):
+            heads, rows, width = port.block_shape
+            if self._context is None or port.name.startswith("value_cache."):  # scales of a block are in its first rows
+                content[-1].reshape(heads, rows, -1)[:, rows - block_size + used :] = 0
+            elif width == block_size:  # keys on a GPU are transposed
+                content[-1].reshape(heads, rows, width, -1)[:, :, used:] = 0
+
     # -- a device's memory -------------------------------------------------------------------------------------------
 
     def _host_bytes(self, port: CachePort) -> NDArray[np.uint8]:

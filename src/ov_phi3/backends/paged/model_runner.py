@@ -98,9 +98,11 @@ class ModelRunner:
         kinds = dict.fromkeys(map(str, self.ports))
         return f"{self.block_size} tokens a block, {' '.join(kinds)}"
 
-    def kv_tensors(self, blocks: Sequence_[int]) -> KVTensors:
-        """A copy of the contents of blocks."""
+    def kv_tensors(self, blocks: Sequence_[int], tokens: int) -> KVTensors:
+        """A copy of the contents of blocks that hold this many tokens."""
         contents = tuple(self.pool.read(blocks))
+        if tokens % self.block_size:
+            self.pool.clear_unused(contents, tokens % self.block_size)
         return KVTensors(self.kv_layout, self.ports[0].type_name, self.block_size, contents)
 
     def get_property(self, key: str) -> Any:
