@@ -211,6 +211,7 @@ class PrefillGroup(Group):
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
         """End: everything is computed."""
         if rows:
+            self.report_progress()
             self.finish()
 
     def before_release(self, read: Callable[[Sequence], KVEntry]) -> None:
