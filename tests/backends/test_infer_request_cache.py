@@ -79,15 +79,15 @@ def test_one_shot_requests_share_their_beginning(loop: Pipeline) -> None:
     assert len(blocks_of(loop)._cached) <= before + 6  # each keeps at most its own last block
 
 
-def test_many_prefixes_side_by_side(loop: Pipeline) -> None:
+def test_many_prefixes_side_by_side(tiny_loop: Pipeline) -> None:
     """A switch between them prefills nothing."""
     draw = np.random.default_rng(3)
-    texts = [draw.integers(100, 40_000, 60) for _ in range(20)]
-    fresh = [loop.generate([*text, 5, 6], ignore_eos=True, **GREEDY).token_ids for text in texts]
-    prefixes = [loop.prefill(text) for text in texts]
+    texts = [draw.integers(300, 31_000, 60) for _ in range(20)]
+    fresh = [tiny_loop.generate([*text, 5, 6], ignore_eos=True, **GREEDY).token_ids for text in texts]
+    prefixes = [tiny_loop.prefill(text) for text in texts]
     for _ in range(2):
         for prefix, expected in zip(prefixes, fresh, strict=True):
-            reply = loop.generate([5, 6], prefix=prefix, ignore_eos=True, **GREEDY)
+            reply = tiny_loop.generate([5, 6], prefix=prefix, ignore_eos=True, **GREEDY)
             assert reply.token_ids == expected
             assert (reply.metrics.reused_tokens or 0) >= 60
 
