@@ -436,3 +436,11 @@ def test_every_reply_of_several_stays_cached(make: Any) -> None:
         again = Reply()
         engine.run(ReplyGroup(request([*ids, *reply], max_new_tokens=5), again))
         assert again.ids == greedy([*ids, *reply], 5)
+
+
+def test_a_preempted_prefill_leaves_a_token_to_compute() -> None:
+    """Others may have computed all its tokens meanwhile; the group ends with the pass that computes the last one."""
+    group = PrefillGroup(request([1, 2, 3]))
+    assert group.match_limit(group.prompt) == 3
+    group.reused_tokens = 0  # it was admitted before
+    assert group.match_limit(group.prompt) == 2
