@@ -69,34 +69,8 @@ def measure(
     lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else prompt_tokens
     plan = _plan(lengths, new_tokens, repeat, ends, chat_turns, seed)
     _check_room(pipe, plan)
-    show = progress or (lambda _: None)
-    unused = pipe.unused
-    show("first inference")
-    first_ms, warm_ms = pipe.warmup(), pipe.warmup()
-    loaded_memory = resident_memory_bytes()
-    rng = random.Random(seed)
-    replies = _measure_replies(pipe, plan, rng, show)
-    turns = _measure_chat(pipe, plan, rng, show)
-    peak_memory = peak_memory_bytes()
-    limit = _measure_roofline(pipe, show) if roofline else None  # last, as it takes memory of its own
-    return Report(
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=Machine.here(),
-        device=asdict(pipe.device),
-        model=_model_facts(pipe),
-        settings=_settings(pipe, plan),
-        load_ms=_load_ms(pipe),
-        first_inference_ms=first_ms if unused else None,
-        warm_inference_ms=warm_ms,
-        measurements=tuple(
-            _measurement(length, plan, results, limit)
-            for length, results in zip(plan.prompt_tokens, replies, strict=True)
-        ),
-        chat=turns,
-        roofline=limit,
-        loaded_memory_bytes=loaded_memory,
-        peak_memory_bytes=peak_memory,
-    )
+    results = _run(pipe, plan, roofline, progress or (lambda _: None))
+    return _report(pipe, plan, results)
 
 
 @dataclass(frozen=True)
@@ -130,6 +104,33 @@ def _check_room(pipe: Pipeline, plan: _Plan) -> None:
     config = GenerationConfig(max_new_tokens=plan.new_tokens)
     for length in plan.prompt_tokens:
         pipe.engine.check_room(config, length)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The results of a measurement, in the order in which they are taken."""
+
+    first_inference_ms: float | None
+    warm_inference_ms: float
+    loaded_memory_bytes: int | None
+    replies: list[list[GenerationResult]]
+    chat: tuple[ChatTurn, ...]
+    peak_memory_bytes: int | None
+    roofline: Roofline | None
+
+
+def _run(pipe: Pipeline, plan: _Plan, roofline: bool, show: Callable[[str], object]) -> _Results:
+    """Take all measurements of a plan."""
+    unused = pipe.unused
+    show("first inference")
+    first_ms, warm_ms = pipe.warmup(), pipe.warmup()
+    loaded_memory = resident_memory_bytes()
+    rng = random.Random(plan.seed)
+    replies = _measure_replies(pipe, plan, rng, show)
+    chat = _measure_chat(pipe, plan, rng, show)
+    peak_memory = peak_memory_bytes()
+    limit = _measure_roofline(pipe, show) if roofline else None  # last, as it takes memory of its own
+    return _Results(first_ms if unused else None, warm_ms, loaded_memory, replies, chat, peak_memory, limit)
 
 
 def _measure_replies(
@@ -187,6 +188,28 @@ def _measurement(
     reply_tokens = median(s.generated_tokens for s in measurement.samples)
     fraction = limit.fraction(measurement.tpot_ms, prompt_tokens + reply_tokens / 2)
     return replace(measurement, roofline_fraction=fraction)
+
+
+def _report(pipe: Pipeline, plan: _Plan, results: _Results) -> Report:
+    """The results with all that they depend on."""
+    return Report(
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=Machine.here(),
+        device=asdict(pipe.device),
+        model=_model_facts(pipe),
+        settings=_settings(pipe, plan),
+        load_ms=_load_ms(pipe),
+        first_inference_ms=results.first_inference_ms,
+        warm_inference_ms=results.warm_inference_ms,
+        measurements=tuple(
+            _measurement(length, plan, replies, results.roofline)
+            for length, replies in zip(plan.prompt_tokens, results.replies, strict=True)
+        ),
+        chat=results.chat,
+        roofline=results.roofline,
+        loaded_memory_bytes=results.loaded_memory_bytes,
+        peak_memory_bytes=results.peak_memory_bytes,
+    )
 
 
 def _settings(pipe: Pipeline, plan: _Plan) -> dict[str, Any]:
