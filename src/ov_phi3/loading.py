@@ -97,8 +97,7 @@ def load(
     """
     began = time.perf_counter()
     spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
-    if template is not None and not isinstance(template, ChatTemplate):
-        raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
+    _check_template(template)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     _check_arguments(info, context_length, prefill_chunk, concurrency)
@@ -113,12 +112,16 @@ def load(
     except BaseException:
         opened.model.backend.close()  # a warning that is an error, or Ctrl-C
         raise
-    _log.info("loaded %s on %s in %.0f ms", info.path, request.device, report.total_ms)
     return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
 
 
 def _default_backend(concurrency: object) -> str:
     return _DEFAULT_BACKEND if concurrency == 1 else _DEFAULT_CONCURRENT_BACKEND
+
+
+def _check_template(template: object) -> None:
+    if template is not None and not isinstance(template, ChatTemplate):
+        raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
 
 
 def _check_arguments(info: ModelInfo, context_length: int | None, prefill_chunk: int | None, concurrency: int) -> None:
@@ -247,10 +250,12 @@ def _report(
     if template is None:
         notes += _template_warnings(backend, opened.tokenizer.template, request.info.chat_template)
     give_memory_back()
+    total_ms = (time.perf_counter() - began) * 1000.0
+    _log.info("loaded %s on %s in %.0f ms", request.info.path, request.device, total_ms)
     return LoadReport(
         model_ms=opened.model_ms,
         tokenizer_ms=opened.tokenizer_ms,
-        total_ms=(time.perf_counter() - began) * 1000.0,
+        total_ms=total_ms,
         cache=opened.model.cache,
         cache_dir=opened.model.cache_dir,
         ov_config=opened.model.properties,
