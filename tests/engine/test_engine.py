@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scripted import WORD, MakePipe, forever, steps_of
+from scripted import WORD, Clock, MakePipe, ScriptedBackend, forever, steps_of
 
 from ov_phi3 import (
     ClosedError,
@@ -18,6 +20,8 @@ from ov_phi3 import (
     PromptError,
     Tokenizer,
 )
+from ov_phi3.backends.request_queue import RequestQueue
+from ov_phi3.engine.channel import Channel
 from ov_phi3.engine.engine import Submission
 from ov_phi3.engine.worker import ReplyOptions, now
 
@@ -122,6 +126,56 @@ class TestQueueing:
         assert 0 <= metrics.queue_ms <= metrics.ttft_ms <= metrics.total_ms
 
 
+class TestQueueTime:
+    """`queue_ms` is the wait for other requests, and nothing else."""
+
+    def test_encoding_is_not_waiting(self, make: MakePipe, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe, _ = make([[WORD]])
+        real = Tokenizer.encode_segments
+
+        def slow(tokenizer: Tokenizer, segments: Any) -> Any:
+            clock.now += 7.0
+            return real(tokenizer, segments)
+
+        monkeypatch.setattr(Tokenizer, "encode_segments", slow)
+        for reply in (pipe.generate("x", max_new_tokens=1), pipe.chat().send("x", max_new_tokens=1)):
+            assert reply.metrics.queue_ms == 0.0
+            assert (reply.metrics.ttft_ms or 0.0) >= 7000.0
+
+    def test_waiting_is_counted(self, make: MakePipe, clock: Clock) -> None:
+        gate = threading.Semaphore(0)
+        pipe, _ = make([[WORD]], gate=gate)
+        first, second = pipe.stream("x", max_new_tokens=1), pipe.stream("x", max_new_tokens=1)
+        clock.now += 3.0
+        gate.release()
+        assert first.result.token_ids == [WORD]
+        gate.release()
+        assert second.result.metrics.queue_ms == 3000.0
+
+
+def test_generate_wakes_its_caller_once(make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 tokens arrive after the caller has begun to wait; it waits once, for the end."""
+    gate = threading.Semaphore(0)
+    pipe, _ = make([[WORD]] * 50, gate=gate)
+    waits: list[bool] = []
+    wakes: list[int] = []
+    real = Channel.listen
+
+    def listen(channel: Channel, action: Callable[[], None], *, for_end: bool = False) -> bool:
+        def counted() -> None:
+            wakes.append(1)
+            action()
+
+        waits.append(for_end)
+        waiting = real(channel, counted, for_end=for_end)
+        gate.release(50)
+        return waiting
+
+    monkeypatch.setattr(Channel, "listen", listen)
+    assert len(pipe.generate("x", max_new_tokens=50).token_ids) == 50
+    assert (waits, wakes) == ([True, True], [1])  # the second wait finds that the reply has ended
+
+
 class TestCtrlC:
     """It can raise between any two instructions; the request leaves the queue in every case."""
 
@@ -190,6 +244,35 @@ class TestClosing:
         assert stream.result.finish_reason == "cancelled"
         assert backend.closed
 
+    def test_ctrl_c_while_it_waits_for_a_reply(self, make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The backend is still closed, once, when the reply has ended."""
+        gate = threading.Semaphore(1)
+        pipe, backend = make(forever([WORD]), window=10**9, gate=gate)
+        calls = closings(backend, monkeypatch)
+        stream = pipe.stream("x")
+        next(chunks := iter(stream))
+        interrupt_once(monkeypatch, threading.Thread, "join")
+        with pytest.raises(KeyboardInterrupt):
+            pipe.close()
+        assert pipe.engine.closed
+        assert calls.empty()  # the reply still runs
+        gate.release(2)
+        assert calls.get(timeout=60) == 0
+        assert stream.result.finish_reason == "cancelled"
+        pipe.close()
+        assert calls.empty()
+        del chunks
+
+    def test_ctrl_c_while_it_waits_for_its_turn(self, make: MakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe, backend = make([[WORD]])
+        calls = closings(backend, monkeypatch)
+        interrupt_once(monkeypatch, RequestQueue, "start")
+        with pytest.raises(KeyboardInterrupt):
+            pipe.close()
+        assert calls.get(timeout=60) == 0
+        pipe.close()
+        assert calls.empty()
+
     def test_nothing_starts_afterwards(self, make: MakePipe) -> None:
         pipe, _ = make([[WORD]])
         with pipe:
@@ -201,3 +284,21 @@ class TestClosing:
         with pytest.raises(ClosedError):
             pipe.chat()
         assert "closed" in repr(pipe)
+
+
+def closings(backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[int]:
+    """Receives the number of running requests at every call of a backend's close()."""
+    calls: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(backend, "close", lambda: calls.put(backend.running))
+    return calls
+
+
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """The next call of a method raises KeyboardInterrupt."""
+    real = getattr(owner, name)
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.setattr(owner, name, real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)

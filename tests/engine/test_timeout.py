@@ -34,6 +34,18 @@ class TestScripted:
         assert first.result.token_ids == third.result.token_ids == [WORD]
         assert len(backend.requests) == 2
 
+    def test_a_deadline_missed_by_a_hair(self, make: MakePipe, clock: Clock) -> None:
+        """The wait ends by the system's clock, while the time stamps still say that there is time left."""
+        gate = threading.Semaphore(0)
+        pipe, backend = make([[WORD]], gate=gate)
+        first = pipe.stream("x")
+        second = pipe.stream("x", timeout=0.01)
+        assert second.result.finish_reason == "timeout"
+        assert clock.now == 1000.0
+        gate.release()
+        assert first.result.token_ids == [WORD]
+        assert len(backend.requests) == 1
+
     def test_a_reply_that_ended_in_time(self, make: MakePipe, clock: Clock) -> None:
         pipe, _ = make([[WORD]] * 2)
         assert pipe.generate("x", timeout=5, max_new_tokens=2).finish_reason == "length"
