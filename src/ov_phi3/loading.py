@@ -92,8 +92,7 @@ def load(
         TypeError: an argument of the wrong type.
 
     Warns:
-        ModelWarning: the model's own chat template gives another prompt than the chosen one, or what
-            `ModelInfo.warnings` says.
+        ModelWarning: `ModelInfo.warnings`, or the model's own chat template gives another prompt than the chosen one.
     """
     began = time.perf_counter()
     spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
@@ -109,10 +108,10 @@ def load(
         report = _report(request, opened, [*info.warnings, *ignored], template, began)
         for warning in report.warnings:
             warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=2)
+        return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
     except BaseException:
         opened.model.backend.close()  # a warning that is an error, or Ctrl-C
         raise
-    return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
 
 
 def _default_backend(concurrency: object) -> str:
