@@ -96,10 +96,9 @@ def load(
     """
     began = time.perf_counter()
     spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
-    _check_template(template)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
-    _check_arguments(info, context_length, prefill_chunk, concurrency)
+    _check_arguments(info, context_length, prefill_chunk, concurrency, template)
     defaults, ignored = _model_defaults(info)
     request = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
     opened = _open(spec, request, template)
@@ -118,12 +117,11 @@ def _default_backend(concurrency: object) -> str:
     return _DEFAULT_BACKEND if concurrency == 1 else _DEFAULT_CONCURRENT_BACKEND
 
 
-def _check_template(template: object) -> None:
+def _check_arguments(
+    info: ModelInfo, context_length: int | None, prefill_chunk: int | None, concurrency: int, template: object
+) -> None:
     if template is not None and not isinstance(template, ChatTemplate):
         raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
-
-
-def _check_arguments(info: ModelInfo, context_length: int | None, prefill_chunk: int | None, concurrency: int) -> None:
     if context_length is not None:
         most, note = info.context_length, ", the model's own"
         whole_number("context_length", context_length, "tokens", least=2, most=most, note=note)
