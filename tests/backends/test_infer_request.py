@@ -96,10 +96,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "what"),
         [
-            ({"json_schema": {"type": "object"}}, "structured output"),
-            ({"regex": "a+"}, "structured output"),
-            ({"grammar": 'root ::= "a"'}, "structured output"),
             ({"num_assistant_tokens": 3}, "speculative decoding"),
+            ({"assistant_confidence_threshold": 0.5}, "speculative decoding"),
         ],
     )
     def test_options_of_the_other_backend_only(self, loop: Pipeline, options: dict[str, Any], what: str) -> None:
