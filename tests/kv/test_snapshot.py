@@ -155,7 +155,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (meta(format="other"), "is not a snapshot"),
+            (meta(format="other"), "is not a saved KV cache"),
             (meta(version="3"), "newer format \\(3\\) than this ov_phi3 reads \\(2\\)"),
             (meta(version="-1"), "version is '-1'"),
             (meta(version="9" * 5000), "version is '9999"),
@@ -174,9 +174,9 @@ class TestDamage:
             (lambda h: h["checksums"].update(data_offsets=[0, 8]), "made by something else"),
             (lambda h: h.update(extra={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}), "made by something else"),
             (lambda h: h.pop("conversation"), "made by something else"),
-            (lambda h: h.pop("__metadata__"), "is not a snapshot"),
-            (lambda h: h["__metadata__"].update(model=3), "is not a snapshot"),
-            (lambda h: h.update(__metadata__=[]), "is not a snapshot"),
+            (lambda h: h.pop("__metadata__"), "is not a saved KV cache"),
+            (lambda h: h["__metadata__"].update(model=3), "is not a saved KV cache"),
+            (lambda h: h.update(__metadata__=[]), "is not a saved KV cache"),
         ],
     )
     def test_forged_headers(self, tmp_path: Path, raw: bytes, change: Any, message: str) -> None:
@@ -208,13 +208,13 @@ class TestDamage:
     def test_hostile_headers(self, tmp_path: Path, head: bytes) -> None:
         path = tmp_path / "trap.kv"
         path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(100))
-        with pytest.raises(SnapshotError, match="is not a snapshot"):
+        with pytest.raises(SnapshotError, match="is not a saved KV cache"):
             snapshot.read(path)
 
     @pytest.mark.parametrize("length", [0, 1, 7, 41, 42, 100])
     def test_short_files(self, tmp_path: Path, length: int) -> None:
         (tmp_path / "short.kv").write_bytes(b"\xff" * length)
-        with pytest.raises(SnapshotError, match="is not a snapshot"):
+        with pytest.raises(SnapshotError, match="is not a saved KV cache"):
             snapshot.read(tmp_path / "short.kv")
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space as Linux does")

@@ -197,7 +197,7 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
     data = _map_file(target)
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(_MAX_HEADER, len(data) - 8):
-        raise SnapshotError(f"{target} is not a snapshot: it does not begin with the header of one.")
+        raise SnapshotError(f"{target} is not a saved KV cache: it does not begin with the header of one.")
     header, metadata = _parse_header(data[8 : 8 + length], target)
     sizes, dtype = _read_sizes(metadata, target)
     table = _table(sizes, dtype)
@@ -224,7 +224,7 @@ def _map_file(target: Path) -> memoryview:
             raise SnapshotError(f"{target} is not a file.")
         with target.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 8 + 2 + 32:
-                raise SnapshotError(f"{target} is not a snapshot, or cut off: it is shorter than any.")
+                raise SnapshotError(f"{target} is not a saved KV cache, or cut off: it is shorter than any.")
             if sys.platform == "win32":
                 return memoryview(file.read())
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -244,7 +244,7 @@ def _parse_header(raw: memoryview, target: Path) -> tuple[Mapping[str, Any], Map
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as exc:
-        raise SnapshotError(f"{target} is not a snapshot, or its header is damaged.") from exc
+        raise SnapshotError(f"{target} is not a saved KV cache, or its header is damaged.") from exc
     return header, metadata
 
 
