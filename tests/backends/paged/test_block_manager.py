@@ -438,3 +438,14 @@ def test_check_finds_every_violation(message: str, corrupt: Callable[[Any, list[
     corrupt(manager, table)
     with pytest.raises(AssertionError, match=message):
         manager.check([table])
+
+
+def test_check_idle_finds_a_block_that_is_still_held() -> None:
+    manager = BlockManager(10, SIZE, reserved=1)
+    table = filled(manager, (1, 2, 3, 4, 5, 6))
+    with pytest.raises(AssertionError, match="2 blocks are held by no sequence"):
+        manager.check_idle()
+    manager.release(table)
+    manager.check_idle()
+    manager.grow(12)
+    manager.check_idle()

@@ -50,6 +50,7 @@ class Histories:
 
     Attributes:
         replies: prompt and reply of every request, and whether the reply was cancelled.
+        samples: prompt, options and replies of every request for several seeded samples.
     """
 
     def __init__(self, pipe: Pipeline, seed: int, longest: int) -> None:
@@ -60,11 +61,12 @@ class Histories:
             [draw.randrange(300, 31_000) for _ in range(draw.choice([5, 31, 32, 33, 64, 90]))] for _ in range(6)
         ]
         self.replies: list[tuple[Ids, Ids, bool]] = []
+        self.samples: list[tuple[Ids, dict[str, Any], list[Ids]]] = []
 
     def play(self, seed: int) -> None:
         """One history."""
         draw = random.Random(seed)
-        kind = draw.choice(["prompt", "prompt", "prompt", "cancel", "prefix", "chat"])
+        kind = draw.choice(["prompt", "prompt", "prompt", "cancel", "prefix", "chat", "samples"])
         if kind == "chat":
             self.chat(draw)
             return
@@ -76,12 +78,24 @@ class Histories:
             prefix = self.pipe.prefill(prompt[: draw.randrange(1, len(prompt))])
             self.note(self.pipe.generate(prompt, prefix=prefix, max_new_tokens=count, **GREEDY), count)
             return
+        if kind == "samples":
+            options = {
+                "num_return_sequences": draw.randrange(2, 4),
+                "seed": draw.randrange(99),
+                "max_new_tokens": count,
+            }
+            self.samples.append((prompt[-50:], options, self.sampled(prompt[-50:], options)))
+            return
         stream = self.pipe.stream(prompt, max_new_tokens=count, **GREEDY)
         stop_at = draw.randrange(5) if kind == "cancel" else count
         for number, _ in enumerate(stream):
             if number == stop_at:
                 stream.cancel()
         self.note(stream.result, count)
+
+    def sampled(self, prompt: Ids, options: dict[str, Any]) -> list[Ids]:
+        result = self.pipe.generate(prompt, do_sample=True, ignore_eos=True, **options)
+        return [list(reply.token_ids) for reply in result.alternatives]
 
     def chat(self, draw: random.Random) -> None:
         """Two to four turns, some of them taken back, or continued in a fork."""
@@ -128,7 +142,11 @@ def test_random_histories_equal_llm_pipeline(
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(histories.play, range(250 * part, 250 * part + 250)))
         preemptions = check_idle(pipe)
-    assert len(histories.replies) > 300
+        for prompt, sampling, replies in histories.samples:
+            assert histories.sampled(prompt, sampling) == replies, "seeded samples depend on what runs beside them"
+        check_idle(pipe)
+    assert len(histories.replies) > 250
+    assert len(histories.samples) > 20
     assert sum(cancelled for _, _, cancelled in histories.replies) > 10
     assert preemptions > 10 or not blocks
     longest: dict[tuple[int, ...], int] = {}

@@ -444,3 +444,25 @@ def test_a_preempted_prefill_leaves_a_token_to_compute() -> None:
     assert group.match_limit(group.prompt) == 3
     group.reused_tokens = 0  # it was admitted before
     assert group.match_limit(group.prompt) == 2
+
+
+def test_a_lost_block_is_reported_when_the_engine_idles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the owner thread as it ends, so that no request fails for it."""
+    reported: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: reported.append(arguments.exc_value))
+    engine = engine_of(FakeRunner(40))
+    lost = engine.blocks.allocate()
+    assert lost is not None
+    reply = Reply()
+    engine.run(ReplyGroup(request([5, 6], max_new_tokens=4), reply))
+    for thread in threading.enumerate():
+        if thread.name == "ov_phi3-engine":
+            thread.join()
+    assert reply.ids == greedy([5, 6], 4)
+    (error,) = reported
+    assert isinstance(error, AssertionError)
+    assert "1 blocks are held by no sequence" in str(error)
+    engine.blocks.release([lost])
+    engine.run(ReplyGroup(request([5, 6], max_new_tokens=4), Reply()))
+    await_idle(engine)
+    assert len(reported) == 1
