@@ -62,24 +62,40 @@ class Batch:
         raise RuntimeError("the KV cache had no room for this request.")
 
     def generate_n(self, request: Request, ids: Any, config: Any) -> list[Hypothesis]:
-        """Several replies to one prompt, best first.
+        """Several replies to one prompt, best first; as far as they have come if they are stopped.
 
         Raises:
-            Cancelled: `request.should_continue` returned False.
+            Cancelled: `request.should_continue` returned False before the first token.
             RuntimeError: see `generate`.
         """
-        outputs: list[Any] = []
+        stopped = False
         with self._running(ids, config) as handle:
-            while handle.get_status() == self._status.RUNNING:
-                if request.should_continue is not None and not request.should_continue():
-                    raise Cancelled
-                self._step(handle)
-            outputs = handle.read_all() if handle.get_status() == self._status.FINISHED else []
+            while handle.get_status() == self._status.RUNNING and not stopped:
+                stopped = request.should_continue is not None and not request.should_continue()
+                if not stopped:
+                    self._step(handle)
+            if stopped:
+                outputs = self._stop(handle)
+            else:
+                outputs = handle.read_all() if handle.get_status() == self._status.FINISHED else []
         if not outputs:
+            if stopped:
+                raise Cancelled
             raise RuntimeError("the KV cache had no room for this request.")
         outputs.sort(key=lambda output: output.score, reverse=True)
         count, limit = request.config.num_return_sequences or 1, self._reason.LENGTH
         return [Hypothesis(list(o.generated_ids), float(o.score), o.finish_reason == limit) for o in outputs[:count]]
+
+    def _stop(self, handle: Any) -> list[Any]:
+        """Stop a request; its outputs so far, which the pipeline returns after the next step."""
+        with self._queue.turn():
+            if handle.get_status() == self._status.RUNNING:
+                handle.stop()
+                self._pipeline.step()
+        outputs: list[Any] = []
+        while handle.can_read():
+            outputs += handle.read().values()
+        return outputs
 
     @contextlib.contextmanager
     def _running(self, ids: Any, config: Any) -> Iterator[Any]:

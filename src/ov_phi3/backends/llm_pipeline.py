@@ -21,6 +21,7 @@ from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, L
 from ov_phi3.errors import ConfigError
 from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
 from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
+from ov_phi3.text.tokenizer_files import tokenizers_importable
 
 if TYPE_CHECKING:
     from ov_phi3.backends.protocol import Backend, Request, TokenSink
@@ -160,7 +161,7 @@ class LLMPipelineBackend:
         )
         self._marks_ids = False
         never_freed_in_children(self)
-        with keeping_signal_stack():
+        with keeping_signal_stack(), tokenizers_importable():
             arguments = genai_tokenizer_arguments(model_dir, can_encode="draft_model" in properties)
             self._tokenizer = self._genai.Tokenizer(*arguments)
             if batches:
@@ -274,7 +275,7 @@ class LLMPipelineBackend:
         if self._uncached is None:
             properties = {k: v for k, v in self._properties.items() if k != "scheduler_config"}
             properties["ATTENTION_BACKEND"] = "SDPA"
-            with keeping_signal_stack():
+            with keeping_signal_stack(), tokenizers_importable():
                 self._uncached = self._open_as_exported(properties)
         return self._uncached
 

@@ -5,10 +5,14 @@ They are OpenVINO graphs of string operations, which the extension library of op
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +32,7 @@ __all__ = [
     "packed_strings",
     "read_graph",
     "replace_constant",
+    "tokenizers_importable",
 ]
 
 # The extension library must stay loaded until the last graph is freed, or the interpreter crashes at exit. The shared
@@ -100,10 +105,34 @@ def _core_with_tokenizers() -> Any:
     global _core
     with _core_lock:
         if _core is None:
-            core = shared_core()
-            core.add_extension(str(_extension_library()))
+            core, library = shared_core(), str(_extension_library())
+            core.add_extension(library)
+            # The Core unloads the library when it is freed, at exit, perhaps before the last graph whose operations
+            # live in it: the process then crashes. ctypes never closes a library that it has opened.
+            ctypes.CDLL(library)
             _core = core
     return _core
+
+
+@contextlib.contextmanager
+def tokenizers_importable() -> Iterator[None]:
+    """Let openvino_genai import openvino_tokenizers also in a Python without docstrings (-OO).
+
+    openvino_genai imports that package only for the path of its library. The package edits one of its own docstrings
+    when it is imported, and fails if there is none (2026.4.1). A stand-in module with the path replaces it meanwhile.
+    """
+    name = "openvino_tokenizers"
+    if sys.flags.optimize < 2 or name in sys.modules:
+        yield
+        return
+    stand_in = ModuleType(name)
+    stand_in._ext_path = str(_extension_library())  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
 
 
 def _extension_library() -> Path:
