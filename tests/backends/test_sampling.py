@@ -1,4 +1,4 @@
-"""The next token: what is kept, how it is drawn, and that the draws follow the distribution."""
+"""The next token: which candidates stay, how one is drawn, and that the draws follow the distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ov_phi3 import GenerationConfig, GenerationError, Pipeline
 from ov_phi3.backends.protocol import CallbackFailed
-from ov_phi3.backends.sampling import Sampler, described, kept, log_softmax
+from ov_phi3.backends.sampling import Sampler, filter_candidates, log_softmax, token_logprob
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0], dtype=np.float32)
 CASES: list[dict[str, Any]] = [
@@ -51,13 +51,13 @@ def expected(
 
 def chi_square(counts: np.ndarray, distribution: np.ndarray) -> float:
     """Pearson's statistic as a multiple of the value that one draw in a million exceeds (Wilson-Hilferty)."""
-    assert counts[distribution == 0].sum() == 0, "a token was drawn that was to be left out"
-    wanted = distribution[distribution > 0] * counts.sum()
-    found = counts[distribution > 0]
-    if len(wanted) == 1:
+    assert counts[distribution == 0].sum() == 0, "a token was drawn that the options exclude"
+    expected_counts = distribution[distribution > 0] * counts.sum()
+    drawn = counts[distribution > 0]
+    if len(expected_counts) == 1:
         return 0.0
-    freedom = len(wanted) - 1
-    statistic = ((found - wanted) ** 2 / wanted).sum()
+    freedom = len(expected_counts) - 1
+    statistic = ((drawn - expected_counts) ** 2 / expected_counts).sum()
     limit = freedom * (1 - 2 / (9 * freedom) + 4.753 * math.sqrt(2 / (9 * freedom))) ** 3
     return float(statistic / limit)
 
@@ -71,16 +71,16 @@ def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_the_chi_square_test_sees_a_bug(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampler that takes the square root of every weight is found out, whatever the options."""
+    """The test fails for a sampler that takes the square root of every weight, for all options."""
     from ov_phi3.backends import sampling
 
-    real = sampling.kept
+    real = sampling.filter_candidates
 
     def wrong(*args: Any, **named: Any) -> Any:
         ids, weights = real(*args, **named)
         return ids, np.sqrt(weights)
 
-    monkeypatch.setattr(sampling, "kept", wrong)
+    monkeypatch.setattr(sampling, "filter_candidates", wrong)
     chooser = sampler(do_sample=True, seed=11, **options)
     counts = np.bincount([chooser.choose(LOGITS) for _ in range(20_000)], minlength=len(LOGITS))
     assert chi_square(counts, expected(LOGITS, **options)) > 1
@@ -88,7 +88,7 @@ def test_the_chi_square_test_sees_a_bug(options: dict[str, Any], monkeypatch: py
 
 @pytest.mark.parametrize("options", CASES[1:], ids=str)
 def test_replies_of_the_engine_follow_the_distribution(tiny_loop: Pipeline, options: dict[str, Any]) -> None:
-    """The real loop, on a small vocabulary: all but eight tokens are ruled out, and what is left is what is drawn."""
+    """On the real engine: a processor leaves eight tokens, and the draws follow their distribution."""
     some = np.arange(100, 108)
 
     def small(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ logits_of = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=300).map
 )
 
 
-class TestKept:
+class TestFilterCandidates:
     @given(
         logits_of,
         st.floats(0.05, 3),
@@ -118,28 +118,30 @@ class TestKept:
         st.sampled_from([1.0, 0.01, 0.5, 0.9, 0.999]),
         st.sampled_from([0.0, 0.001, 0.3, 0.99]),
     )
-    def test_is_what_the_definitions_say(self, logits: Any, temperature: float, k: int, p: float, m: float) -> None:
-        ids, weights = kept(logits, temperature=temperature, top_k=k, top_p=p, min_p=m)
+    def test_equals_the_definitions(self, logits: Any, temperature: float, k: int, p: float, m: float) -> None:
+        ids, weights = filter_candidates(logits, temperature=temperature, top_k=k, top_p=p, min_p=m)
         whole = np.zeros(len(logits))
         whole[slice(None) if ids is None else ids] = weights
         assert np.all(weights >= 0)
         assert weights.sum() > 0
-        wanted = expected(logits, temperature, k, p, m)
+        reference = expected(logits, temperature, k, p, m)
         got = whole / whole.sum()
         # Where a token stands right on a limit, rounding may take it in or leave it out; no other may differ by more.
-        if np.count_nonzero(wanted) == np.count_nonzero(got):
-            assert np.allclose(np.sort(wanted), np.sort(got), atol=1e-9)
+        if np.count_nonzero(reference) == np.count_nonzero(got):
+            assert np.allclose(np.sort(reference), np.sort(got), atol=1e-9)
         else:
-            assert abs(np.count_nonzero(wanted) - np.count_nonzero(got)) <= 1 or len(set(logits.tolist())) < len(logits)
+            assert abs(np.count_nonzero(reference) - np.count_nonzero(got)) <= 1 or len(set(logits.tolist())) < len(
+                logits
+            )
 
     def test_a_flat_distribution_is_searched_to_its_end(self) -> None:
-        ids, weights = kept(np.zeros(5000, dtype=np.float32), top_p=0.5)
+        ids, weights = filter_candidates(np.zeros(5000, dtype=np.float32), top_p=0.5)
         assert ids is not None
         assert ids.tolist() == list(range(2500))
         assert len(weights) == 2500
 
     def test_equal_ones_in_order(self) -> None:
-        ids, _ = kept(np.array([1, 3, 3, 3, 0], dtype=np.float32), top_k=2)
+        ids, _ = filter_candidates(np.array([1, 3, 3, 3, 0], dtype=np.float32), top_k=2)
         assert ids is not None
         assert ids.tolist() == [1, 2]
 
@@ -219,15 +221,15 @@ class TestSampler:
     def test_logprobs_are_the_models_own(self) -> None:
         chooser = sampler(logit_bias={5: 10.0}, top_logprobs=3)
         token = chooser.choose(LOGITS)
-        found = chooser.logprobs(LOGITS, token)
-        wanted = np.log(np.exp(LOGITS) / np.exp(LOGITS).sum())
-        assert found is not None
-        assert found.token_id == 5
-        assert found.logprob == pytest.approx(wanted[5])
-        assert [i for i, _ in found.top] == [0, 1, 2]
-        assert [p for _, p in found.top] == pytest.approx(wanted[:3].tolist())
+        logprob = chooser.logprobs(LOGITS, token)
+        reference = np.log(np.exp(LOGITS) / np.exp(LOGITS).sum())
+        assert logprob is not None
+        assert logprob.token_id == 5
+        assert logprob.logprob == pytest.approx(reference[5])
+        assert [i for i, _ in logprob.top] == [0, 1, 2]
+        assert [p for _, p in logprob.top] == pytest.approx(reference[:3].tolist())
         assert sampler().logprobs(LOGITS, 0) is None
-        assert described(LOGITS, 2, 0).top == ()
+        assert token_logprob(LOGITS, 2, 0).top == ()
 
     def test_log_softmax_of_large_numbers(self) -> None:
         rows = log_softmax(np.array([[1e4, 0], [-1e4, -1e4]], dtype=np.float32))
