@@ -1,7 +1,7 @@
-"""What goes wrong beside raw `openvino_genai.LLMPipeline`: what it does there, and what `ov_phi3` does instead.
+"""Faults of raw `openvino_genai.LLMPipeline`, and the behaviour of `ov_phi3` in the same situations.
 
-Each half runs in a process of its own, so that an abort is an exit status. Of `ov_phi3` every process must answer a
-known question afterwards, as a fresh one does.
+Each half of a row runs in a process of its own, so that an abort is an exit status. Every process of `ov_phi3` must
+answer a known question afterwards like a fresh one. Longer than 400 lines because each row holds two programs.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Row:
     raw_status: int = 0
 
 
-# What a function raises as a streamer, GenAI prints and forgets. What `write` raises, it dies of.
-# `on_prefill` is called with the first token too, which is inside the engine's callback.
+# GenAI prints an exception of a function that is its streamer, and continues. An exception of `write` aborts it.
+# `on_prefill` is called with the first token too, inside the engine's callback.
 STREAMER = Row(
     raw="""
 import resource
@@ -138,8 +138,8 @@ with mock.patch("ov_phi3.text.stream_decoder.StreamDecoder.add", lambda *_: 1 / 
     ],
 )
 
-# SDPA says "Infer Request is busy" only while it infers. What comes between two steps is served, and spoils, without a
-# word, the reply that it comes into.
+# SDPA reports "Infer Request is busy" only during a pass. A request between two steps is served, and corrupts the other
+# reply without an error.
 THREADS = Row(
     raw="""
 def while_another_runs(pipe, call, status, **options):
