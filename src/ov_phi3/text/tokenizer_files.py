@@ -126,7 +126,7 @@ def tokenizers_importable() -> Iterator[None]:
         yield
         return
     stand_in = ModuleType(name)
-    stand_in._ext_path = str(_extension_library())  # type: ignore[attr-defined]
+    vars(stand_in)["_ext_path"] = str(_extension_library())
     sys.modules[name] = stand_in
     try:
         yield
