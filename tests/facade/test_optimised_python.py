@@ -10,7 +10,9 @@ import pytest
 
 
 @pytest.mark.parametrize("option", ["-O", "-OO"])
-@pytest.mark.parametrize("more", ["", ", concurrency=2", ", backend='infer_request'", ", ov_config={'ATTENTION_BACKEND': 'SDPA'}"])
+@pytest.mark.parametrize(
+    "more", ["", ", concurrency=2", ", backend='infer_request'", ", ov_config={'ATTENTION_BACKEND': 'SDPA'}"]
+)
 def test_an_optimised_python_runs_models(tiny_fp32: Path, option: str, more: str) -> None:
     script = (
         "import sys, ov_phi3\n"

@@ -92,7 +92,7 @@ class FakeRunner:
         values[: self.pool.num_blocks] = self.pool.values
         self.pool.values = values
 
-    def kv_tensors(self, blocks: Sequence[int], tokens: int) -> KVTensors:  # noqa: ARG002
+    def kv_tensors(self, blocks: Sequence[int], tokens: int) -> KVTensors:
         return KVTensors("fake", "u8", BLOCK, tuple(self.pool.read(blocks)))
 
     def close(self) -> None:

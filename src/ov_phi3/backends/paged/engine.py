@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ov_phi3.backends.paged.block_manager import BlockManager, PrefixMatch
+from ov_phi3.backends.paged.block_manager import BlockManager
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner, ScheduledTokens
 from ov_phi3.backends.paged.pace import Pace
+from ov_phi3.backends.paged.prefix_store import PrefixStore
 from ov_phi3.backends.paged.scheduler import OutOfBlocks, Scheduler
 from ov_phi3.backends.paged.sequence import Sequence
 from ov_phi3.backends.protocol import Cancelled
 from ov_phi3.backends.request_queue import mark_engine_thread
-from ov_phi3.kv.entry import KVEntry
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ov_phi3.backends.paged.group import Group
+    from ov_phi3.kv.entry import KVEntry
 
 __all__ = ["PagedEngine"]
 
@@ -56,7 +55,7 @@ class PagedEngine:
         self.blocks = BlockManager(runner.pool.num_blocks, runner.block_size, reserved=SCRATCH_BLOCKS)
         self._scheduler = Scheduler(self.blocks, admit=self._admit, copy=runner.pool.copy, grow=self._grow, chunk=chunk)
         self._pace = Pace()
-        self._entries: weakref.WeakSet[KVEntry] = weakref.WeakSet()
+        self._prefixes = PrefixStore(runner, self.blocks)
         self._inbox: deque[Group] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -87,15 +86,11 @@ class PagedEngine:
 
     def match(self, ids: NDArray[np.int64], *, isolated: bool = False) -> int:
         """Tokens of a prompt that are cached, its last one left out."""
-        sequence = Sequence(ids, self._boundary)
-        matching = self._matching_entries(ids, sequence.is_long, isolated, len(ids) - 1)
-        in_entries = max((tokens for _, tokens in matching), default=0)
-        return max(in_entries, 0 if isolated else self.blocks.match(ids, sequence.root).tokens)
+        return self._prefixes.match(Sequence(ids, self._boundary), isolated=isolated)
 
     def add_entry(self, entry: KVEntry) -> None:
         """Let groups start from an entry for as long as it is referenced elsewhere."""
-        with self._lock:
-            self._entries.add(entry)
+        self._prefixes.add_entry(entry)
 
     def close(self) -> None:
         """Wait for the thread to end, and free the model. No group may be running."""
@@ -179,7 +174,7 @@ class PagedEngine:
             at += wanted
             part.sequence.cached_long = part.sequence.is_long
             part.sequence.num_cached += part.count
-            self._register_full_blocks(part.sequence)
+            self._prefixes.register_full_blocks(part.sequence)
         for group in prefilled:
             self._guard(group, group.report_progress)
         for group, logits_of in rows.items():
@@ -202,7 +197,7 @@ class PagedEngine:
         for sequence in group.sequences:
             if sequence.has_crossed:
                 self.blocks.release(sequence.forget_cache())
-                self._match_blocks(sequence, len(sequence) - 1)
+                self._prefixes.match_blocks(sequence, len(sequence) - 1)
                 group.recomputed_tokens += len(sequence) - sequence.num_cached
 
     def _fork(self, group: Group, sequence: Sequence) -> Sequence:
@@ -212,113 +207,18 @@ class PagedEngine:
         group.all_sequences.append(copy)
         return copy
 
-    def _read(self, sequence: Sequence) -> KVEntry:
-        """A copy of the keys and values of a sequence."""
-        blocks = sequence.blocks[: -(-sequence.num_cached // self.blocks.block_size)]
-        ids = np.array(sequence.ids[: sequence.num_cached])
-        return KVEntry(ids, self._runner.kv_tensors(blocks, len(ids)), sequence.is_long)
-
     # -- the cache ---------------------------------------------------------------------------------------------------
 
     def _admit(self, group: Group) -> None:
         """Find what is cached of a group that starts, or starts again."""
         first = group.reused_tokens is None
         for sequence in group.sequences:
-            limit = group.match_limit(sequence)
-            isolated = group.request.isolated and first
-            self._restore_entry(sequence, isolated, limit)
-            if not isolated or sequence.num_cached == 0:
-                self._match_blocks(sequence, 0 if isolated else limit)
+            self._prefixes.take(sequence, group.match_limit(sequence), isolated=group.request.isolated and first)
         if first:
             group.reused_tokens = group.prompt.num_cached
             self._guard(group, group.report_progress)
             if not group.prompt.num_uncached:
                 group.finish()
-
-    def _match_blocks(self, sequence: Sequence, limit: int) -> None:
-        """Share the cached blocks that a sequence begins with, if they are more than it has."""
-        if limit <= sequence.num_cached:
-            return
-        match = self.blocks.match_and_acquire(sequence.ids, sequence.root, limit=limit)
-        held = [*match.blocks, *(() if match.partial is None else (match.partial,))]
-        if match.tokens <= sequence.num_cached:
-            self.blocks.release(held)
-            return
-        self.blocks.release(sequence.forget_cache())
-        sequence.blocks = list(match.blocks)
-        sequence.num_cached = len(match.blocks) * self.blocks.block_size
-        sequence.cached_long = sequence.is_long
-        if match.partial is not None:
-            self._take_partial(sequence, match)
-        self._register_full_blocks(sequence)
-
-    def _take_partial(self, sequence: Sequence, match: PrefixMatch) -> None:
-        """Continue in a block of another sequence: in the block itself if nobody else needs it, else in a copy."""
-        assert match.partial is not None
-        block: int | None = match.partial
-        inside = match.tokens - sequence.num_cached
-        if self.blocks.is_shared(match.partial) or self.blocks.tokens_in(match.partial) != inside:
-            block = self.blocks.allocate()
-            if block is not None:
-                self._runner.pool.copy(match.partial, block)
-            self.blocks.release([match.partial])
-        if block is not None:
-            sequence.blocks.append(block)
-            sequence.num_cached = match.tokens
-
-    def _restore_entry(self, sequence: Sequence, isolated: bool, limit: int) -> None:
-        """Write the entry with the longest common beginning into blocks, if it is longer than what the blocks hold."""
-        if limit < 1:
-            return
-        in_blocks = 0 if isolated else self.blocks.match(sequence.ids, sequence.root, limit=limit).tokens
-        candidates = self._matching_entries(sequence.ids, sequence.is_long, isolated, limit)
-        entry, tokens = max(candidates, key=lambda found: found[1], default=(None, 0))
-        if entry is None or tokens <= in_blocks:
-            return
-        count = -(-tokens // self.blocks.block_size)
-        blocks: list[int] = []
-        while len(blocks) < count and (block := self.blocks.allocate()) is not None:
-            blocks.append(block)
-        if len(blocks) < count:
-            self.blocks.release(blocks)
-            return
-        self._runner.pool.write(blocks, [array[:count] for array in entry.tensors.arrays])
-        sequence.blocks, sequence.num_cached, sequence.cached_long = blocks, tokens, sequence.is_long
-        if not isolated:
-            self._register_full_blocks(sequence)
-
-    def _matching_entries(
-        self, ids: NDArray[np.int64], long_rope: bool, isolated: bool, limit: int
-    ) -> list[tuple[KVEntry, int]]:
-        """Entries that share a beginning with a sequence, and its length; if isolated, only whole ones."""
-        matching = []
-        with self._lock:  # a set must not change while it is iterated over
-            entries = list(self._entries)
-        for entry in entries:
-            if entry.long_rope != long_rope:
-                continue
-            common = min(_common(entry.ids, ids), limit)
-            if common and (not isolated or common >= len(entry.ids) - 1):
-                matching.append((entry, common))
-        return matching
-
-    def _register_full_blocks(self, sequence: Sequence) -> None:
-        size = self.blocks.block_size
-        while len(sequence.keys) < sequence.num_cached // size:
-            index = len(sequence.keys)
-            before = sequence.keys[-1] if sequence.keys else sequence.root
-            ids = sequence.ids[index * size : (index + 1) * size]
-            sequence.keys.append(self.blocks.register(sequence.blocks[index], before, ids))
-
-    def _register_last_block(self, sequence: Sequence) -> None:
-        """Register the partial block at the end of a sequence that has ended."""
-        size = self.blocks.block_size
-        index = sequence.num_cached // size
-        if sequence.num_cached % size and index < len(sequence.blocks) and len(sequence.keys) == index:
-            before = sequence.keys[-1] if sequence.keys else sequence.root
-            ids = sequence.ids[index * size : sequence.num_cached]
-            if not self.blocks.is_shared(sequence.blocks[index]):
-                self.blocks.register(sequence.blocks[index], before, ids)
 
     def _grow(self) -> bool:
         """Double the cache, up to its limit."""
@@ -350,7 +250,7 @@ class PagedEngine:
         """Release the sequences that need nothing any more, and remove the groups that have finished."""
         for group in self._scheduler.groups:
             if not group.sequences and group.error is None:
-                self._guard(group, partial(group.before_release, self._read))
+                self._guard(group, partial(group.before_release, self._prefixes.read))
             self._release_ended(group)
             if not group.sequences:
                 self._scheduler.remove(group)
@@ -364,8 +264,8 @@ class PagedEngine:
         """Release the blocks of the sequences that a group does not continue."""
         for sequence in group.take_ended():
             if not sequence.has_crossed:
-                self._register_full_blocks(sequence)
-                self._register_last_block(sequence)
+                self._prefixes.register_full_blocks(sequence)
+                self._prefixes.register_last_block(sequence)
             self.blocks.release(sequence.forget_cache())
 
     def _end_all(self, error: BaseException) -> None:
@@ -390,10 +290,3 @@ def _is_wanted(group: Group) -> bool:
         return group.wanted
     except BaseException:  # noqa: BLE001 - raised again, to the caller, between two steps
         return False
-
-
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """Length of the common beginning of two sequences."""
-    length = min(len(one), len(other))
-    different = one[:length] != other[:length]
-    return int(different.argmax()) if different.any() else length
