@@ -143,10 +143,19 @@ def tiny_pipe(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
 @pytest.fixture(scope="session")
 def tiny_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
-    """The same, with four requests at once. Shared by all tests: leave it as it was."""
+    """The same on our own engine, with four requests at once. Shared by all tests: a test must not change it."""
     import ov_phi3
 
     with ov_phi3.load(tiny_fp32, device=device, concurrency=4) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def genai_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
+    """The same with GenAI's continuous batching. Shared by all tests: a test must not change it."""
+    import ov_phi3
+
+    with ov_phi3.load(tiny_fp32, device=device, concurrency=4, backend="llm_pipeline") as loaded:
         yield loaded
 
 
