@@ -20,6 +20,7 @@ __all__ = [
     "command",
     "exit_with",
     "load_options",
+    "measured_device",
     "progress",
     "refusal",
     "write_json",
@@ -63,7 +64,7 @@ def refusal(options: argparse.Namespace, *, needs_model: bool = True) -> str | N
     if name.startswith("AUTO"):
         return f"--device {options.device} does not say which device is measured; name one device."
     available = ov_phi3.devices()
-    if not any(device.name in (name, f"{name}.0") for device in available):
+    if _find(name, available) is None:
         listed = ", ".join(str(device) for device in available) or "none"
         other = available[0].name if available else "CPU"
         return (
@@ -73,6 +74,17 @@ def refusal(options: argparse.Namespace, *, needs_model: bool = True) -> str | N
     if needs_model and options.model is None:
         return "name the directory of an exported model; 'python scripts/quickstart.py' makes one and prints its path."
     return None
+
+
+def measured_device(options: argparse.Namespace) -> ov_phi3.DeviceInfo:
+    """The device that `refusal` has accepted. A report shows its full name, which says if a GPU is emulated."""
+    device = _find(options.device.upper(), ov_phi3.devices())
+    assert device is not None
+    return device
+
+
+def _find(name: str, available: list[ov_phi3.DeviceInfo]) -> ov_phi3.DeviceInfo | None:
+    return next((device for device in available if device.name in (name, f"{name}.0")), None)
 
 
 def progress(text: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3 import Machine, ModelInfo, Roofline, Summary
+from ov_phi3 import DeviceInfo, Machine, ModelInfo, Roofline, Summary
 
 if TYPE_CHECKING:
     from _peers import Peer
@@ -107,6 +107,7 @@ class Comparison:
         settings: the command's arguments.
         versions: by peer, its package versions.
         machine: the machine.
+        device: the device.
         model: the model.
         roofline: the limit that memory bandwidth sets to runtimes that read the exported files.
     """
@@ -119,6 +120,7 @@ class Comparison:
     settings: dict[str, Any]
     versions: dict[str, dict[str, str]]
     machine: Machine
+    device: DeviceInfo
     model: dict[str, Any]
     roofline: Roofline
 
@@ -129,6 +131,7 @@ class Comparison:
         peers: Sequence[Peer],
         settings: dict[str, Any],
         machine: Machine,
+        device: DeviceInfo,
         info: ModelInfo,
         roofline: Roofline,
     ) -> Comparison:
@@ -148,6 +151,7 @@ class Comparison:
             settings={key: value if isinstance(value, (int, list)) else str(value) for key, value in settings.items()},
             versions=run.versions,
             machine=machine,
+            device=device,
             model={"path": str(info.path), "quantization": info.quantization, "weight_bytes": info.weight_bytes},
             roofline=roofline,
         )
@@ -166,6 +170,7 @@ class Comparison:
         """All fields, every sample included, as JSON-ready values."""
         return {
             "machine": self.machine.to_dict(),
+            "device": asdict(self.device),
             "roofline": {**asdict(self.roofline), "ov_phi3_of_limit": self.roofline_fractions(OURS)},
             "model": self.model,
             "settings": self.settings,

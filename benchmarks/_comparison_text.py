@@ -18,8 +18,8 @@ def comparison_text(comparison: Comparison) -> str:
     ratios = [("ov_phi3 over", *others)] + [(f.title, *(_ratio(f, peer) for peer in others)) for f in figures]
     model, settings = comparison.model, comparison.settings
     parts = [
-        f"{comparison.machine}\n{model['path']} ({model['quantization']}), {settings['threads']} threads, "
-        f"greedy, {settings['new_tokens']} new tokens, the same prompts by id",
+        f"{comparison.machine}\n{model['path']} ({model['quantization']}) on {comparison.device}\n"
+        f"{settings['threads']} threads, greedy, {settings['new_tokens']} new tokens, the same prompts by id",
         table(medians),
     ]
     if others:

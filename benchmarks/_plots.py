@@ -154,10 +154,14 @@ def plot_comparison(comparison: Comparison, path: Path) -> Path:
         _ratios(figure.add_subplot(grid[:, 0]), comparison)
         _lines(figure.add_subplot(grid[0, 1]), comparison, "ttft", "Time to first token", "prompt tokens")
         _lines(figure.add_subplot(grid[1, 1]), comparison, "chat", "Time to first token in a chat", "turn")
-        caption = (
-            f"{Path(comparison.model['path']).name}, {comparison.settings['threads']} threads, {comparison.machine.cpu}"
-        )
-        return _save(figure, path, caption)
+        return _save(figure, path, _comparison_caption(comparison))
+
+
+def _comparison_caption(comparison: Comparison) -> str:
+    return (
+        f"{Path(comparison.model['path']).name} on {comparison.device}, {comparison.settings['threads']} threads, "
+        f"{comparison.machine.cpu}"
+    )
 
 
 def _ratios(axes: Axes, comparison: Comparison) -> None:

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     run_installed("matplotlib")
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, measured_device, progress, refusal, write_json
 from _comparison import Comparison, Run
 from _comparison_text import comparison_text
 from _peers import PEERS, Inputs, Peer, Worker, WorkerError
@@ -206,7 +206,7 @@ def main() -> int:
         progress("")
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
-    comparison = Comparison.of(run, PEERS, vars(options), machine, info, roofline)
+    comparison = Comparison.of(run, PEERS, vars(options), machine, measured_device(options), info, roofline)
     print(comparison_text(comparison))
     if options.json:
         write_json(options.json, comparison.to_dict())

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 from _environment import run_installed
@@ -24,7 +25,16 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
+from _common import (
+    add_load_arguments,
+    add_model_arguments,
+    exit_with,
+    load_options,
+    measured_device,
+    progress,
+    refusal,
+    write_json,
+)
 
 
 def replies(pipe: ov_phi3.Pipeline, prompts: list[Any], at_once: int, new_tokens: int) -> dict[str, Any]:
@@ -88,9 +98,8 @@ def main() -> int:
         return 1
     finally:
         progress("")
-    print(
-        f"{options.model.name} on {options.device}, {options.prompt_tokens} + {options.new_tokens} tokens per request\n"
-    )
+    device = measured_device(options)
+    print(f"{options.model.name} on {device}, {options.prompt_tokens} + {options.new_tokens} tokens per request\n")
     print(f"{'callers':<24}{'tokens/s':>10}{'ratio to 1':>12}{'TTFT':>11}{'TPOT':>11}")
     ratios = {}
     for name, rows in samples.items():
@@ -104,8 +113,9 @@ def main() -> int:
         label = "1, without concurrency=" if name == "plain" else name
         print(f"{label:<24}{speed:>10.1f}{ratio:>12.2f}{ttft:>8.0f} ms{tpot:>8.1f} ms")
     if options.json:
-        machine = ov_phi3.Machine.here().to_dict()
-        write_json(options.json, {"samples": samples, "tokens_per_s_over_one_caller": ratios, "machine": machine})
+        report = {"samples": samples, "tokens_per_s_over_one_caller": ratios}
+        conditions = {"machine": ov_phi3.Machine.here().to_dict(), "device": asdict(device)}
+        write_json(options.json, report | conditions)
     return 0
 
 

@@ -1,10 +1,11 @@
 """Time to first token (TTFT) and per output token (TPOT) of a model on one device, with all that they depend on.
 
-    python benchmarks/latency.py MODEL [--device CPU] [--prompt-tokens 32 256 1024 2048] [--json FILE] [--plot FOLDER]
+    python benchmarks/latency.py MODEL [--device CPU] [--prompt-tokens 32 256 1024 2048] [--against] [--json FILE]
 
 The default device is GPU.0. No other device is measured in the place of an absent one: the exit code is then 2. Prompts
 have exact lengths and fresh content, so no prefix cache shortens a TTFT. The first reply of each length is warm-up and
-is discarded. `docs/benchmarks.md` defines every figure.
+is discarded. `docs/benchmarks.md` defines every figure. `--against` prints the run beside the figures that OpenVINO has
+published for the same model on Intel processors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ run_installed("matplotlib")
 
 import ov_phi3  # noqa: E402
 from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json  # noqa: E402
+from _published import against_dict, against_text  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ends", choices=["forced", "natural"], default="forced", help="default: %(default)s")
     parser.add_argument("--chat-turns", type=int, default=10, metavar="N", help="0 for no chat (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (default: %(default)s)")
+    parser.add_argument("--against", action="store_true", help="print OpenVINO's published figures beside the run")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="plot latency, gaps and chat turns to PNG files")
     return parser.parse_args()
 
@@ -78,8 +81,10 @@ def main() -> int:
         print(f"latency.py: {type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ov_phi3.ConfigError) else 1
     print(report)
+    if options.against:
+        print(f"\n{against_text(report)}")
     if options.json:
-        write_json(options.json, report.to_dict())
+        write_json(options.json, report.to_dict() | ({"published": against_dict(report)} if options.against else {}))
     if options.plot:
         from _plots import plot_report
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, measured_device, progress, refusal, write_json
 from ov_phi3.bench.table import table
 
 TEXT = Path(__file__).with_name("alice.txt")
@@ -321,10 +321,12 @@ def main() -> int:
         return 1
     finally:
         progress("")
-    print(f"{ov_phi3.Machine.here()}\n{options.model}\n\n{tables(outcomes, started)}")
+    device = measured_device(options)
+    print(f"{ov_phi3.Machine.here()}\n{options.model} on {device}\n\n{tables(outcomes, started)}")
     if options.json:
         report = {
             "machine": ov_phi3.Machine.here().to_dict(),
+            "device": asdict(device),
             "model": str(options.model),
             "settings": [outcome.to_dict() for outcome in outcomes],
             "starts": started,

@@ -162,6 +162,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     try:
         with ov_phi3.load(options.model, device=options.device, prefill_chunk=0) as pipe:
+            device = pipe.device
             cases = check_estimates(pipe, rng, options.repeats)
             with ov_phi3.load(options.model, device=options.device) as chunked:
                 chunked.warmup()
@@ -169,9 +170,10 @@ def main() -> int:
     except ov_phi3.Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"{Path(options.model).name} on {device}\n")
     show(cases, ratios)
     if options.json:
-        report = {"cases": [asdict(case) for case in cases], "chunk_ratios": ratios}
+        report = {"device": asdict(device), "cases": [asdict(case) for case in cases], "chunk_ratios": ratios}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, progress, refusal, write_json
+from _common import add_model_arguments, exit_with, measured_device, progress, refusal, write_json
 from ov_phi3.bench.table import table
 from ov_phi3.system.memory import peak_memory_bytes
 
@@ -286,6 +286,8 @@ def main() -> int:
             return 0
         options.model = Path(options.model or demo_model("int4"))
         report: dict[str, Any] = {"model": options.model.name, "machine": ov_phi3.Machine.here().to_dict()}
+        device = measured_device(options)
+        report["device"] = asdict(device)
         report["weight_bytes"] = ov_phi3.ModelInfo.from_dir(options.model).weight_bytes
         with tempfile.TemporaryDirectory() as folder:
             if "prefix" in options.only:
@@ -300,7 +302,7 @@ def main() -> int:
         return 1
     progress("")
     report["goals"] = {goal.name: [goal.value, goal.most] for goal in find_goals(report)}
-    print(f"{ov_phi3.Machine.here()}\n{options.model.name} on {options.device}\n\n{report_text(report)}")
+    print(f"{ov_phi3.Machine.here()}\n{options.model.name} on {device}\n\n{report_text(report)}")
     if options.json:
         write_json(options.json, report)
     missed = not all(goal.met for goal in find_goals(report)) or not report.get("prefix", {}).get("equal_ids", True)

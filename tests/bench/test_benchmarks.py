@@ -54,6 +54,8 @@ def test_snapshots_measures_prefixes_and_backends(demo_int4: Path, device: str, 
     report = json.loads(target.read_text(encoding="utf-8"))
     assert len(report["prefix"]["load_ms"]) == 2
     assert report["prefix"]["equal_ids"] is True
+    assert report["device"]["name"] == device
+    assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["peak_bytes"].keys() == {"llm_pipeline", "infer_request"}
     assert report["goals"]["loading / prefilling"][1] is None  # a small model
 
@@ -97,6 +99,14 @@ class TestLatency:
         assert all(len(m["samples"]) == 2 for m in report["measurements"])
         plots = sorted(path.name for path in (tmp_path / "plots").glob("*.png"))
         assert plots == ["chat.png", "inter-token.png", "latency.png"]
+
+    def test_against_prints_what_is_published_for_the_model(self, tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+        target = tmp_path / "latency.json"
+        sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", "--chat-turns", "0"]
+        done = run("latency.py", tiny_fp32, "--device", device, *sizes, "--against", "--json", target)
+        assert done.returncode == 0, done.stderr
+        assert "Published figures: none for this model (phi-3, f32, " in done.stdout
+        assert json.loads(target.read_text(encoding="utf-8"))["published"]["rows"] == []
 
     def test_a_wrong_model_or_option_is_an_error_of_one_line(
         self, tmp_path: Path, device: str, demo_int4: Path
@@ -146,6 +156,7 @@ class TestCompare:
         assert report["peers"] == ["ov_phi3", "openvino_genai"]
         assert report["not_measured"] == {peer.name: "no such package" for peer in others}
         assert report["replies_with_equal_ids"] == {"openvino_genai": {"equal": 8, "of": 8}}
+        assert report["device"]["name"] == device
         ratio = report["figures"]["tpot_40"]["ov_phi3_over_peer"]["openvino_genai"]
         assert ratio["count"] == 4
         assert set(report["roofline"]["ov_phi3_of_limit"]) == {"8", "40"}
@@ -213,7 +224,9 @@ def test_levers_compares_settings_with_the_defaults(demo_int4: Path, device: str
     arguments = ["--only", "none", "kv", "--repeat", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
     done = run("levers.py", demo_int4, "--device", device, *arguments, "--json", target)
     assert done.returncode == 0, done.stderr
-    settings = json.loads(target.read_text(encoding="utf-8"))["settings"]
+    report = json.loads(target.read_text(encoding="utf-8"))
+    settings = report["settings"]
+    assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert [s["setting"] for s in settings][:2] == ["the defaults", "the defaults again (noise level)"]
     repeated = next(s for s in settings if s["group"] == "none" and s["tpot_over_default"])
     assert repeated["replies_with_equal_ids"] == 1
@@ -262,4 +275,5 @@ def test_concurrency_measures_every_number_of_callers(tiny_fp32: Path, device: s
     assert "1, without concurrency=" in done.stdout
     report = json.loads(target.read_text(encoding="utf-8"))
     assert report["samples"].keys() == {"plain", "1", "3"}
+    assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["tokens_per_s_over_one_caller"]["1"] == 1.0
