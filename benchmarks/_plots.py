@@ -49,7 +49,8 @@ def plot_report(report: ov_phi3.Report, folder: Path) -> list[Path]:
 
 
 def _save(figure: Any, path: Path, caption: str) -> Path:
-    figure.text(0.01, 0.005, caption, fontsize=7, color=GREY, va="bottom")
+    colour = COLOURS[5] if "(emulated)" in caption else GREY  # no figure of an emulated GPU is a GPU's
+    figure.text(0.01, 0.005, caption, fontsize=7, color=colour, va="bottom")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path)
     plt.close(figure)

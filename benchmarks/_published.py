@@ -98,10 +98,11 @@ def against_text(report: ov_phi3.Report) -> str:
     """A measured run beside the published rows of the same family, with source and caveats, as text."""
     rows = published_for(report.model)
     if not rows:
+        model = report.model
         return (
-            f"Published figures: none for this model ({report.model['family']}, {report.model['quantization']}, "
-            f"{report.model['num_layers']} layers of {report.model['hidden_size']}). There are some for Phi-3-mini, "
-            "Phi-3.5-mini and Phi-4-mini in int4, int8 and float16."
+            f"Published figures: none for this model ({model['family']}, {model['quantization']}, "
+            f"{model['num_layers']} layers of {model['hidden_size']}).\n"
+            "There are some for Phi-3-mini, Phi-3.5-mini and Phi-4-mini in int4, int8 and float16."
         )
     lines = [("", "model", "precision", *(f"{kind} {n}" for n in LENGTHS for kind in ("TTFT", "TPOT")))]
     lines += _measured(report)
