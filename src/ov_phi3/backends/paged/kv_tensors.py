@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,10 @@ def cache_ports(compiled: Any) -> list[CachePort]:
         if name.startswith(("key_cache.", "value_cache.")):
             shape = tuple(int(length.get_length()) for length in list(port.partial_shape)[1:])
             kind, _, layer = name.partition(".")
-            ports.append((int(layer), kind, CachePort(name, port.element_type, port.element_type.to_string(), shape)))
+            type_name = port.element_type.to_string()
+            # The port's own type object would keep the compiled model alive.
+            type_ = getattr(import_openvino().Type, type_name)
+            ports.append((int(layer), kind, CachePort(name, type_, type_name, shape)))
     return [port for _, _, port in sorted(ports, key=lambda entry: entry[:2])]
 
 
@@ -102,19 +105,31 @@ class KVTensorPool:
             else:
                 tensor = self._context.create_tensor(port.type, _shape(port, num_blocks), {})
                 if kept:
-                    self._copy_remote(self.tensors[port.name], tensor, port, kept, num_blocks)
+                    _part(tensor, port, 0, kept).copy_from(self.tensors[port.name])
                 tensors[port.name] = tensor
         self._bytes, self.tensors, self.num_blocks = new_bytes, tensors, num_blocks
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block to another."""
-        self.write([target], self.read([source]))
+        if self._context is None:
+            self.write([target], self.read([source]))
+            return
+        for port in self._ports:
+            tensor = self.tensors[port.name]
+            _part(tensor, port, target, 1).copy_from(_part(tensor, port, source, 1))
 
     def read(self, blocks: Sequence[int]) -> list[NDArray[np.uint8]]:
         """A copy of blocks; one array for each cache input, of shape [blocks, bytes of a block]."""
         if self._context is None:
             return [array[list(blocks)] for array in self._bytes]
-        return [self._host_bytes(port)[list(blocks)] for port in self._ports]
+        contents = []
+        for port in self._ports:
+            array = _aligned(len(blocks) * port.block_bytes).reshape(len(blocks), port.block_bytes)
+            for at, first, count in _runs(blocks):
+                part = _part(self.tensors[port.name], port, first, count)
+                part.copy_to(self._host_tensor(array[at : at + count], port, count))
+            contents.append(array)
+        return contents
 
     def write(self, blocks: Sequence[int], contents: Sequence[NDArray[np.uint8]]) -> None:
         """Overwrite blocks, in the form that `read` returns."""
@@ -122,10 +137,18 @@ class KVTensorPool:
             for array, content in zip(self._bytes, contents, strict=True):
                 array[list(blocks)] = content
             return
+        if not blocks:
+            return
         for port, content in zip(self._ports, contents, strict=True):
-            host = self._host_bytes(port)
-            host[list(blocks)] = content
-            self.tensors[port.name].copy_from(self._host_tensor(host, port, self.num_blocks))
+            # Through a tensor on the device: a copy from the host into a part of a tensor returns before it has ended
+            # (GPU plugin 2026.4.1).
+            staging = self._context.create_tensor(port.type, _shape(port, len(blocks)), {})
+            array = _aligned(len(blocks) * port.block_bytes).reshape(len(blocks), port.block_bytes)
+            array[:] = content
+            staging.copy_from(self._host_tensor(array, port, len(blocks)))
+            for at, first, count in _runs(blocks):
+                part = _part(self.tensors[port.name], port, first, count)
+                part.copy_from(_part(staging, port, at, count))
 
     def clear_unused(self, contents: Sequence[NDArray[np.uint8]], used: int) -> None:
         """Clear the slots behind the first `used` tokens of the last block, which hold tokens of other sequences.
@@ -142,24 +165,26 @@ class KVTensorPool:
             elif width == block_size:  # keys on a GPU are transposed
                 content[-1].reshape(heads, rows, width, -1)[:, :, used:] = 0
 
-    # -- a device's memory -------------------------------------------------------------------------------------------
-
-    def _host_bytes(self, port: CachePort) -> NDArray[np.uint8]:
-        """A copy of a remote tensor, shape [blocks, bytes of a block]."""
-        array = _aligned(self.num_blocks * port.block_bytes).reshape(self.num_blocks, port.block_bytes)
-        self.tensors[port.name].copy_to(self._host_tensor(array, port, self.num_blocks))
-        return array
-
-    def _copy_remote(self, source: Any, target: Any, port: CachePort, blocks: int, num_blocks: int) -> None:
-        array = _aligned(num_blocks * port.block_bytes).reshape(num_blocks, port.block_bytes)
-        array[blocks:] = 0
-        source.copy_to(self._host_tensor(array[:blocks], port, blocks))
-        target.copy_from(self._host_tensor(array, port, num_blocks))
-
     @staticmethod
     def _host_tensor(array: NDArray[np.uint8], port: CachePort, blocks: int) -> Any:
         """A tensor over bytes of this process, without a copy."""
         return import_openvino().Tensor(array.reshape(-1), _shape(port, blocks), port.type)
+
+
+def _part(tensor: Any, port: CachePort, first: int, count: int) -> Any:
+    """A remote tensor over some blocks of another."""
+    openvino = import_openvino()
+    begin, end = [first, 0, 0, 0], [first + count, *port.block_shape]
+    return openvino.RemoteTensor(tensor, openvino.Coordinate(begin), openvino.Coordinate(end))
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Split blocks into consecutive ones: (position in the sequence, first block, number of blocks)."""
+    start = 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or blocks[end] != blocks[end - 1] + 1:
+            yield start, blocks[start], end - start
+            start = end
 
 
 def _shape(port: CachePort, blocks: int) -> Any:
