@@ -82,6 +82,7 @@ class ModelRunner:
         self._inputs = _Inputs(self._request, has_long_rope=graph.has_long_rope)
         self._bind_cache()
         self._shapes = (1, 1, 1)
+        self._cancels = device.startswith("CPU")
 
     def grow(self, num_blocks: int) -> None:
         """Enlarge the cache to this number of blocks, the scratch blocks included."""
@@ -119,7 +120,8 @@ class ModelRunner:
 
         Args:
             step: the sequences, whose tables have blocks for the new tokens.
-            should_continue: called now and then during a long pass; False cancels it.
+            should_continue: called now and then during a long pass; False cancels it. Not called on a GPU, where a
+                pass always runs to its end (openvino 2026.4.1).
 
         Returns:
             Logits of the wanted rows in the order of the step, float32, shape [rows, vocabulary]; valid until the next
@@ -130,7 +132,7 @@ class ModelRunner:
         """
         shapes = self._inputs.fill(step, self.block_size)
         try:
-            if should_continue is None or shapes[0] < _LONG_PASS:
+            if should_continue is None or shapes[0] < _LONG_PASS or not self._cancels:
                 self._request.infer()
             else:
                 self._infer_while(should_continue)
