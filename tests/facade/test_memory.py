@@ -64,4 +64,3 @@ def test_close_lets_go_of_the_compiled_model(tiny_fp32: Path) -> None:
     assert models() > before
     pipe.close()
     assert models() == before
-    assert pipe.decode(pipe.encode("hi")) == "hi"  # what needs no model still works
