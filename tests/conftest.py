@@ -116,7 +116,7 @@ def pipe(demo_int4: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
 @pytest.fixture(scope="session")
 def loop(demo_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
-    """The demo model, fp32, on our own decode loop. Shared by all tests: leave it as it was."""
+    """The demo model, fp32, on our own engine. Shared by all tests: leave it as it was."""
     import ov_phi3
 
     with ov_phi3.load(demo_fp32, device=device, backend="infer_request") as loaded:
@@ -125,7 +125,7 @@ def loop(demo_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
 @pytest.fixture(scope="session")
 def tiny_loop(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
-    """The random model with the real Phi-3 tokenizer, on our own decode loop. Shared by all tests."""
+    """The random model with the real Phi-3 tokenizer, on our own engine. Shared by all tests."""
     import ov_phi3
 
     with ov_phi3.load(tiny_fp32, device=device, backend="infer_request") as loaded:

@@ -26,7 +26,7 @@ OnEnd = Callable[[GenerationResult | None], GenerationResult | None]
 """Receives the result, or None after a failure, before the consumer does; returns what the consumer gets."""
 
 OnPrefill = Callable[[int, int], object]
-"""Receives the number of prefilled prompt tokens and their total, in the reply's own thread."""
+"""Receives the number of prefilled prompt tokens and their total, in the thread that runs the model."""
 
 _STRUCTURED = ("json_schema", "regex", "grammar")
 

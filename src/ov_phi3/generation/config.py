@@ -88,8 +88,8 @@ class GenerationConfig:
         presence_penalty: in [-2, 2], applied once to each token already generated.
         frequency_penalty: in [-2, 2], applied as often as the token was generated.
         num_return_sequences: number of replies to one prompt; more than one needs sampling or beams, and `generate`;
-            cannot be cancelled.
-        num_beams: above 1 is beam search; not for streams, and cannot be cancelled.
+            on `llm_pipeline` it cannot be cancelled.
+        num_beams: above 1 is beam search; not for streams; on `llm_pipeline` it cannot be cancelled.
         num_beam_groups: number of groups of beams that are kept different from each other; divides `num_beams`.
         diversity_penalty: strength of the difference between groups.
         length_penalty: exponent of the length in a beam's score; above 0 favours longer replies.

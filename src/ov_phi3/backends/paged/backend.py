@@ -36,6 +36,10 @@ _UNSUPPORTED = {
     "num_assistant_tokens": "speculative decoding",
     "assistant_confidence_threshold": "speculative decoding",
 }
+_FOREIGN = (
+    "belongs to backend='llm_pipeline', not to 'infer_request', which concurrency= chooses where no backend is named; "
+    "leave it out, or name the other backend."
+)
 _FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config")
 _FIRST_TOKENS = 1024  # of a cache that grows
 _GPU_CHUNK = 1024
@@ -59,10 +63,10 @@ class PagedBackendSpec:
             raise ConfigError(f"backend='infer_request' runs on CPUs and GPUs, not on {device.name}.")
         for key in _FOREIGN_PROPERTIES:
             if key in properties:
-                raise ConfigError(f"ov_config key {key!r} belongs to backend='llm_pipeline'; leave it out.")
+                raise ConfigError(f"ov_config key {key!r} {_FOREIGN}")
         attention = str(properties.get("ATTENTION_BACKEND", "PA")).upper()
         if attention != "PA":
-            raise ConfigError(f"ATTENTION_BACKEND={attention} belongs to backend='llm_pipeline'; leave it out.")
+            raise ConfigError(f"ATTENTION_BACKEND={attention} {_FOREIGN}")
         return {key: value for key, value in properties.items() if key != "ATTENTION_BACKEND"}
 
     def check_concurrency(self, request: LoadRequest) -> None:  # noqa: ARG002

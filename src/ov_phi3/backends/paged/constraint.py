@@ -107,7 +107,8 @@ class ConstraintCompiler:
     def _compile_grammar(self, kind: str, text: str) -> Any:
         if importlib.util.find_spec("llguidance") is None:
             raise ConfigError(
-                f"{kind} with backend='infer_request' needs the package llguidance: pip install 'llguidance>=1.9'."
+                f"{kind} with backend='infer_request' needs the package llguidance (extra 'structured'): "
+                "pip install 'llguidance>=1.9,<2'."
             )
         import llguidance
 
