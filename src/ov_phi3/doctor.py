@@ -225,7 +225,7 @@ def _gpu_stack(probe: Probe, device: str, present: Sequence[DeviceInfo]) -> Iter
             yield _layer("gpu permission", obstacles.get("permission"), missing, "this user may open the render node")
     for info in present:
         if info.kind == "GPU" and info.driver is None:
-            yield Check("gpu driver", "warning", f"{info} does not report its driver version", "update the GPU driver")
+            yield Check("gpu driver", "warning", f"OpenCL gives no driver version for {info}", "update the GPU driver")
 
 
 def _layer(name: str, obstacle: Obstacle | None, missing: Status, detail: str = "") -> Check:

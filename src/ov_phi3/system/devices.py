@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError, DeviceError, did_you_mean
+from ov_phi3.system import opencl
 from ov_phi3.system.core import shared_core
 from ov_phi3.system.gpu_stack import explain_missing_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ov_phi3.system.gpu_stack import Probe
 
@@ -41,7 +42,7 @@ class DeviceInfo:
         full_name: the product's name (FULL_DEVICE_NAME), for example "Intel(R) Arc(TM) A770 Graphics (dGPU)".
         kind: "CPU", "GPU" or "NPU".
         discrete: whether it is a discrete GPU (DEVICE_TYPE); None for a CPU and if unknown.
-        driver: version of the driver (GPU_DRIVER_VERSION, NPU_DRIVER_VERSION); None for a CPU and if unknown.
+        driver: version of the driver (from OpenCL for a GPU, NPU_DRIVER_VERSION); None for a CPU and if unknown.
         memory_bytes: memory that the device may use, in bytes (GPU_DEVICE_TOTAL_MEM_SIZE, NPU_DEVICE_TOTAL_MEM_SIZE);
             None for a CPU and if unknown.
         capabilities: OPTIMIZATION_CAPABILITIES, for example ("FP32", "FP16", "INT8").
@@ -63,18 +64,21 @@ class DeviceInfo:
         return f"{self.name} ({self.full_name})"
 
 
-def devices(core: Any = None) -> list[DeviceInfo]:
+def devices(
+    core: Any = None, gpu_driver: Callable[[str | None], str | None] = opencl.driver_version
+) -> list[DeviceInfo]:
     """The devices that OpenVINO lists on this machine, in its order.
 
     Args:
         core: the `openvino.Core` to use; by default this library's own, which imports openvino on first use.
+        gpu_driver: returns the driver version of a GPU by its DEVICE_UUID.
 
     Raises:
         DeviceError: openvino cannot be imported.
     """
     if core is None:
         core = _shared_core()
-    return [_describe(core, str(name)) for name in core.available_devices]
+    return [_describe(core, str(name), gpu_driver) for name in core.available_devices]
 
 
 def _shared_core() -> Any:
@@ -86,7 +90,7 @@ def _shared_core() -> Any:
         ) from error
 
 
-def _describe(core: Any, name: str) -> DeviceInfo:
+def _describe(core: Any, name: str, gpu_driver: Callable[[str | None], str | None]) -> DeviceInfo:
     kind = name.partition(".")[0]
 
     def read(key: str) -> Any:
@@ -99,16 +103,18 @@ def _describe(core: Any, name: str) -> DeviceInfo:
         value = read(key)
         return None if value is None else str(value).strip() or None
 
+    uuid = text("DEVICE_UUID") if kind != "CPU" else None
+    driver = {"GPU": lambda: gpu_driver(uuid), "NPU": lambda: text("NPU_DRIVER_VERSION")}.get(kind, lambda: None)()
     memory = read(f"{kind}_DEVICE_TOTAL_MEM_SIZE") if kind != "CPU" else None
     return DeviceInfo(
         name="GPU.0" if name == "GPU" else name,
         full_name=text("FULL_DEVICE_NAME") or name,
         kind=kind,
         discrete=_discrete(text("DEVICE_TYPE")) if kind != "CPU" else None,
-        driver=text(f"{kind}_DRIVER_VERSION") if kind != "CPU" else None,
+        driver=driver,
         memory_bytes=None if memory is None else int(memory),
         capabilities=tuple(str(item) for item in read("OPTIMIZATION_CAPABILITIES") or ()),
-        uuid=text("DEVICE_UUID") if kind != "CPU" else None,
+        uuid=uuid,
         architecture=text("DEVICE_ARCHITECTURE"),
     )
 
