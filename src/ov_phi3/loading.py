@@ -25,6 +25,7 @@ from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Runner
 from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.hf import from_hf
+from ov_phi3.kv.layout import inference_precision
 from ov_phi3.kv.sizing import plan_kv_cache
 from ov_phi3.load_report import LoadReport, ModelWarning
 from ov_phi3.model.info import ModelInfo
@@ -145,7 +146,8 @@ def _plan(
 ) -> LoadRequest:
     """Device, properties and the size of the KV cache."""
     device = _resolve_device(device_name)
-    properties = {**_float32_properties(info, device, ov_config or {}), **merge_config(device, ov_config)}
+    merged = merge_config(device, ov_config)
+    properties = {**_float32_properties(info, device, ov_config or {}), **merged}
     properties = spec.resolve_properties(device, properties)
     kv = plan_kv_cache(
         info,
@@ -177,8 +179,11 @@ def _resolve_device(name: str) -> DeviceInfo:
 def _float32_properties(info: ModelInfo, device: DeviceInfo, ov_config: Mapping[str, Any]) -> dict[str, Any]:
     """Float32 throughout for a model with float32 weights on the CPU, which would use bfloat16 where it can.
 
-    A float32 export is made for the model's exact numbers. A precision that the user names has precedence.
+    A float32 export is made for the model's exact numbers. A precision that the user names has precedence. A GPU that
+    computes in float32 needs a KV cache in float32: with another one, its paged attention does not work (2026.4.1).
     """
+    if device.kind == "GPU" and inference_precision(device.kind, ov_config) == "f32":
+        return {"KV_CACHE_PRECISION": "f32"}
     if device.kind != "CPU" or info.quantization != "f32" or "INFERENCE_PRECISION_HINT" in ov_config:
         return {}
     return {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

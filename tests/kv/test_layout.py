@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ov_phi3 import ModelInfo, Pipeline
-from ov_phi3.kv.layout import KVLayout
+from ov_phi3.kv.layout import KVLayout, precision_name
 
 GIB = 2**30
 
@@ -37,11 +37,42 @@ class TestLayout:
         assert (layout.key, layout.value, layout.block_size) == (key, value, 32)
         assert KVLayout.of(info, "GPU", properties).block_size == 16
 
+    @pytest.mark.parametrize(
+        ("properties", "precision", "key_bytes", "value_bytes"),
+        [
+            ({}, "u4", 768, 576),
+            ({"KV_CACHE_PRECISION": "i8"}, "i8", 1280, 1088),
+            ({"KV_CACHE_PRECISION": "f16"}, "f16", 2048, 2048),
+            ({"INFERENCE_PRECISION_HINT": "f32"}, "i8", 1536, 1152),
+            ({"EXECUTION_MODE_HINT": "ACCURACY"}, "i8", 1536, 1152),
+            ({"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}, "f32", 4096, 4096),
+        ],
+    )
+    def test_a_block_of_one_head_on_a_gpu(
+        self, pipe: Pipeline, properties: dict[str, str], precision: str, key_bytes: int, value_bytes: int
+    ) -> None:
+        """The sizes are those of the cache inputs of models that the GPU plugin has compiled."""
+        info = info_of(pipe, runtime_options={}, head_dim=64, num_kv_heads=1, num_layers=1)
+        layout = KVLayout.of(info, "GPU", properties)
+        assert (layout.key, layout.value) == (precision, precision)
+        assert layout.block_bytes(info) == key_bytes + value_bytes
+
+    @pytest.mark.parametrize("spelling", ["i8", "I8", "int8_t", "<Type: 'int8_t'>"])
+    def test_spellings_of_a_precision(self, pipe: Pipeline, spelling: str) -> None:
+        assert KVLayout.of(pipe.info, "GPU", {"KV_CACHE_PRECISION": spelling}).key == "i8"
+        assert precision_name(spelling) == "i8"
+
+    def test_the_names_of_openvinos_types(self) -> None:
+        import openvino
+
+        for name in ("f32", "f16", "bf16", "u8", "i8", "u4", "i4"):
+            assert precision_name(getattr(openvino.Type, name)) == name
+
     def test_precedence_of_property_export_and_device(self, pipe: Pipeline) -> None:
         exported = info_of(pipe, runtime_options={"KV_CACHE_PRECISION": "f16"})
         assert KVLayout.of(exported, "CPU", {}).key == "f16"
         assert KVLayout.of(exported, "CPU", {"KV_CACHE_PRECISION": "u8"}).key == "u8"
-        assert KVLayout.of(info_of(pipe, runtime_options={}), "GPU", {}).key == "f16"
+        assert KVLayout.of(exported, "GPU", {}).key == "f16"
 
     def test_float16_equals_the_models_own_figure(self, pipe: Pipeline) -> None:
         assert KVLayout(32, "f16", "f16").bytes_per_token(pipe.info) == pipe.info.kv_bytes_per_token

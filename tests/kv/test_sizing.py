@@ -25,9 +25,17 @@ class TestPlan:
     def test_grows_on_a_gpu(self, pipe: Pipeline) -> None:
         kv = plan_kv_cache(pipe.info, GPU, {})
         assert (kv.context_length, kv.num_blocks, kv.paged) == (8192, 0, True)
-        limited = plan_kv_cache(pipe.info, GPU, {}, kv_cache_gb=0.1)
+        limited = plan_kv_cache(pipe.info, GPU, {"KV_CACHE_PRECISION": "f16"}, kv_cache_gb=0.1)
         assert limited.num_blocks == int(0.1 * GIB / (pipe.info.kv_bytes_per_token * 16))
         assert limited.context_length == (limited.num_blocks - 1) * 16
+
+    @pytest.mark.parametrize("precision", ["u8", "i8", "U4", "int8_t"])
+    def test_float32_on_a_gpu_has_no_integer_cache(self, pipe: Pipeline, precision: str) -> None:
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": precision}
+        with pytest.raises(ConfigError, match="KV_CACHE_PRECISION=.* does not work on GPU.0 .*float32"):
+            plan_kv_cache(pipe.info, GPU, exact)
+        plan_kv_cache(pipe.info, CPU, exact, memory=Memory(64 * GIB, 64 * GIB))
+        plan_kv_cache(pipe.info, GPU, {"KV_CACHE_PRECISION": precision})
 
     @pytest.mark.parametrize(("planned", "properties"), [(NPU, {}), (CPU, {"ATTENTION_BACKEND": "SDPA"})])
     def test_no_scheduler_without_paged_attention(

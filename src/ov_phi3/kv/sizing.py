@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError
-from ov_phi3.kv.layout import KVLayout
+from ov_phi3.kv.layout import INTEGER_PRECISIONS, KVLayout, inference_precision, precision_name
 from ov_phi3.system.memory import Memory, machine_memory
 
 if TYPE_CHECKING:
@@ -66,14 +66,16 @@ def plan_kv_cache(
     takes the memory at once, the cache grows unless `kv_cache_gb` gives its size.
 
     Raises:
-        ConfigError: a budget below two blocks, a context window that the memory cannot hold, or two settings for the
-            same size.
+        ConfigError: a budget below two blocks, a context window that the memory cannot hold, two settings for the same
+            size, or a precision that the device does not support.
         TypeError: `kv_cache_gb` is not a number.
     """
     layout = KVLayout.of(info, device.kind, properties)
     window = context_length or info.context_length
     scheduler = properties.get("scheduler_config")
     paged = device.kind != "NPU" and str(properties.get("ATTENTION_BACKEND", "PA")).upper() == "PA"
+    if paged:
+        _check_precision(device, properties)
     if kv_cache_gb is not None:
         blocks = _blocks_in_budget(kv_cache_gb, layout, info, scheduler)
         window, reason = _fit_window(window, blocks, layout, f" (what kv_cache_gb={kv_cache_gb:g} holds)")
@@ -89,6 +91,18 @@ def plan_kv_cache(
         return KVCachePlan(layout, 0, window, paged)
     memory = memory or machine_memory()
     return _plan_in_memory(info, layout, window, context_length is not None, conversations, memory)
+
+
+def _check_precision(device: DeviceInfo, properties: Mapping[str, Any]) -> None:
+    """Refuse an integer KV cache with float32 inference on a GPU, which would fail at the first request (2026.4.1)."""
+    precision = precision_name(properties.get("KV_CACHE_PRECISION", ""))
+    if device.kind != "GPU" or precision not in INTEGER_PRECISIONS:
+        return
+    if inference_precision(device.kind, properties) == "f32":
+        raise ConfigError(
+            f"KV_CACHE_PRECISION={precision} does not work on {device.name} if it computes in float32: the GPU plugin "
+            "has no paged attention for both. Leave out KV_CACHE_PRECISION, or INFERENCE_PRECISION_HINT."
+        )
 
 
 def _blocks_in_budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
