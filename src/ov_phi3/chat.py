@@ -160,7 +160,7 @@ class Chat:
                 on_end=lambda result: self._end(conversation, dropped, Turn(text, "", added, added[:0]), result, keep),
             )
             stream = self._model.engine.submit(
-                Submission(conversation.prompt(added), config, reply, turn=len(conversation.turns))
+                Submission(conversation.prompt(added), config, reply, continued=len(conversation.ids))
             )
             # The channel, not the stream: a stream that its reader drops must still cancel itself.
             self._running = stream.channel

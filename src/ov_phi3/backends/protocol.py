@@ -95,7 +95,8 @@ class Request:
         long_rope: the sequence is past the LongRoPE boundary; keys of a shorter sequence must not be reused.
         isolated: do not reuse cached KV, so that a seeded request is reproducible; for backends whose cache is known
             token by token.
-        pinned: the conversation may continue, so its cached KV should be kept whole.
+        most_reused: most prompt tokens taken from the cache, so that a seeded turn of a chat computes the same tokens
+            whatever ran before; None for any number. For backends whose cache is known token by token.
         should_continue: called now and then during a long pass; False stops the pass where the backend can do so.
         on_progress: receives the number of prefilled prompt tokens and their total; returns False to stop. For
             backends that schedule their own prefill.
@@ -106,7 +107,7 @@ class Request:
     end_ids: tuple[int, ...]
     long_rope: bool = False
     isolated: bool = False
-    pinned: bool = False
+    most_reused: int | None = None
     should_continue: Callable[[], bool] | None = None
     on_progress: Callable[[int, int], bool] | None = None
 

@@ -53,14 +53,14 @@ class Submission:
         config: the options as the caller gave them.
         reply: how the reply is run and reported.
         streamed: the reply is read as a stream, which rules out beams and samples.
-        turn: number of turns that its chat had before; None outside of a chat.
+        continued: ids of the conversation that it continues; 0 outside of a chat, and in a first turn.
     """
 
     ids: NDArray[np.int64]
     config: GenerationConfig
     reply: ReplyOptions
     streamed: bool = True
-    turn: int | None = None
+    continued: int = 0
 
 
 class Engine:
@@ -203,13 +203,13 @@ class Engine:
         config = self._limits.resolve(submission.config, len(submission.ids), streamed=submission.streamed)
         if (problem := backend.unsupported(config)) is not None:
             raise ConfigError(problem)
-        seeded = submission.config.seed is not None
+        seeded, continued = submission.config.seed is not None, submission.continued
         request = Request(
             submission.ids,
             config,
             self.info.eos_token_ids,
-            isolated=seeded and not submission.turn,
-            pinned=submission.turn is not None,
+            isolated=seeded and not continued,
+            most_reused=continued - 1 if seeded and continued else None,  # the last id was never fed back
         )
         channel = Channel()
         worker = ReplyWorker(request, self._runner, self._tokenizer, channel, submission.reply)

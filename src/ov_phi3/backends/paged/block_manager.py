@@ -123,8 +123,12 @@ class BlockManager:
         return PrefixMatch(tuple(blocks), partial, done + length)
 
     def _match_partial(self, key: bytes, rest: NDArray[np.int64]) -> tuple[int | None, int]:
-        """The block behind a key that shares the most first ids with the rest of a sequence."""
-        best, length = None, 0
+        """The block behind a key that shares the most first ids with the rest of a sequence.
+
+        Of equal ones the block with the fewest other ids: a sequence continues in its own block, without a copy, and a
+        quantised block whose scales later tokens have changed is not used instead.
+        """
+        best, length, others = None, 0, 0
         if not len(rest):
             return best, length
         for block in self._followers.get((key, int(rest[0])), ()):
@@ -133,8 +137,8 @@ class BlockManager:
             common = min(len(entry.ids), len(rest))
             different = entry.ids[:common] != rest[:common]
             common = int(different.argmax()) if different.any() else common
-            if common > length:
-                best, length = block, common
+            if common > length or (common == length > 0 and len(entry.ids) - common < others):
+                best, length, others = block, common, len(entry.ids) - common
         return best, length
 
     def match_and_acquire(self, ids: NDArray[np.int64], root: bytes = ROOT, *, limit: int) -> PrefixMatch:

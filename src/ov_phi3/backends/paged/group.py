@@ -107,7 +107,10 @@ class Group:
 
     def match_limit(self, sequence: Sequence) -> int:
         """Most tokens that may come from the cache: all but the last, which is computed for its logits."""
-        return len(sequence) - 1
+        most = self.request.most_reused
+        if most is None or self.reused_tokens is not None:  # after a preemption, also what it has computed itself
+            return len(sequence) - 1
+        return min(most, len(sequence) - 1)
 
     @property
     def wanted(self) -> bool:
