@@ -157,13 +157,32 @@ class KVTensorPool:
             contents: in the form that `read` returns.
             used: tokens of the last block.
         """
+        if self._context is not None:
+            self._clear_unused_on_device(contents, used)
+            return
         block_size = self._ports[1].block_shape[1]
         for port, content in zip(self._ports, contents, strict=True):
-            heads, rows, width = port.block_shape
-            if self._context is None or port.name.startswith("value_cache."):  # scales of a block are in its first rows
-                content[-1].reshape(heads, rows, -1)[:, rows - block_size + used :] = 0
-            elif width == block_size:  # keys on a GPU are transposed
-                content[-1].reshape(heads, rows, width, -1)[:, :, used:] = 0
+            heads, rows, _ = port.block_shape  # scales of a block are in its first rows
+            content[-1].reshape(heads, rows, -1)[:, rows - block_size + used :] = 0
+
+    def _clear_unused_on_device(self, contents: Sequence[NDArray[np.uint8]], used: int) -> None:
+        """The same for the GPU plugin's layout (2026.4.1).
+
+        Keys have a row for each channel, with the channel's scale behind its tokens. Values have the tokens one after
+        another, then all scales. 4-bit numbers are packed in bytes, so that a slot may remain in a byte that is in use.
+        """
+        channels, block_size = self._ports[0].block_shape[1], self._ports[1].block_shape[1]
+        bits = int(self._ports[1].type.bitwidth)
+        if self._ports[1].block_shape[2] < channels:
+            bits //= 2
+        for port, content in zip(self._ports, contents, strict=True):
+            heads = content[-1].reshape(port.block_shape[0], -1)
+            if port.name.startswith("value_cache."):
+                token_bytes = channels * bits // 8
+                heads[:, used * token_bytes : block_size * token_bytes] = 0
+            else:
+                rows = heads.reshape(len(heads), channels, -1)
+                rows[:, :, -(-used * bits // 8) : block_size * bits // 8] = 0
 
     @staticmethod
     def _host_tensor(array: NDArray[np.uint8], port: CachePort, blocks: int) -> Any:
