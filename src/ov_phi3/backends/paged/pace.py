@@ -28,8 +28,10 @@ class Pace:
         """Most prefill tokens in a step that also decodes."""
         if self._decode_s is None or self._prefill_token_s is None:
             return _FIRST_BUDGET
-        tokens = int((_MAX_STRETCH - 1.0) * self._decode_s / self._prefill_token_s)
-        return max(1, min(tokens, _MAX_BUDGET))
+        room_s = (_MAX_STRETCH - 1.0) * self._decode_s
+        if room_s >= _MAX_BUDGET * self._prefill_token_s:
+            return _MAX_BUDGET
+        return max(1, int(room_s / self._prefill_token_s))
 
     def note(self, parts: Sequence[ScheduledTokens], seconds: float) -> None:
         """Note the time of a step."""
@@ -38,8 +40,8 @@ class Pace:
             self._decode_s = _average(self._decode_s, seconds)
         elif len(parts) == 1 or self._decode_s is None:
             self._prefill_token_s = _average(self._prefill_token_s, seconds / prefill)
-        else:
-            self._prefill_token_s = _average(self._prefill_token_s, max(0.0, seconds - self._decode_s) / prefill)
+        elif seconds > self._decode_s:  # otherwise the time of the prefill is lost in the noise
+            self._prefill_token_s = _average(self._prefill_token_s, (seconds - self._decode_s) / prefill)
 
 
 def _average(before: float | None, value: float) -> float:
