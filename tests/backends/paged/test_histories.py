@@ -1,6 +1,7 @@
 """The engine with a stand-in for the model: thousands of requests of all kinds at once, with failures in between.
 
-Every reply equals one that is computed without a cache, and no block is lost.
+Every reply equals one that is computed without a cache, and no block is lost. Longer than 400 lines because the random
+histories and the tests of single rules use the same engine.
 """
 
 from __future__ import annotations

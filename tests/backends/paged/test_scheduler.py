@@ -1,7 +1,8 @@
 """The scheduler: random histories with a simulated cache, without a model.
 
 The simulated cache holds, for every slot of every block, the tokens up to and including the one whose keys and values
-would lie there. A block that was shared, evicted or overwritten at the wrong time shows as wrong contents.
+would lie there. A block that was shared, evicted or overwritten at the wrong time shows as wrong contents. Longer than
+400 lines because the random histories and the tests of single rules use the same simulation.
 """
 
 from __future__ import annotations
