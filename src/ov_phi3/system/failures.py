@@ -31,6 +31,7 @@ _SOURCE_LOCATION = re.compile(
 _PROPERTY_REFUSED = (
     "unsupported property",
     "property key",
+    "property description",
     "could not read number of streams",
     "unsupported configuration key",
     "attention backend must be",
