@@ -1,5 +1,6 @@
 """GenAI's tokenizer without the tables that encode text still decodes and knows the special tokens."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,13 @@ def test_it_decodes_and_knows_the_special_tokens(tiny_fp32: Path, can_encode: bo
     whole = openvino_genai.Tokenizer(str(tiny_fp32))
     assert tokenizer.decode([15043]) == whole.decode([15043]) == "Hello"
     assert tokenizer.get_eos_token_id() == whole.get_eos_token_id()
-    assert tokenizer.get_vocab() == whole.get_vocab()
+    assert set(tokenizer.get_vocab()) == {literal(piece) for piece in whole.get_vocab()}
+
+
+def literal(piece: bytes) -> bytes:
+    """What a piece of SentencePiece's means in a text."""
+    byte = re.fullmatch(rb"<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1].decode()) if byte else piece.replace("▁".encode(), b" ")
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path, tiny_fp32: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.backends.batching import Batch
+from ov_phi3.backends.genai_structure import unsupported_structure
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
 from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
@@ -220,7 +221,7 @@ class LLMPipelineBackend:
         return self._index
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Options that only our own engine has, and seeds that GenAI would truncate."""
+        """Options that only our own engine has, seeds that GenAI would truncate, structures that it would not obey."""
         if options := config.infer_request_options:
             return f"{options[0]} needs a pipeline loaded with backend='infer_request'."
         if (config.seed or 0) > _MAX_SEED:
@@ -228,7 +229,7 @@ class LLMPipelineBackend:
                 f"seed={config.seed} is above {_MAX_SEED}, the largest seed of backend='llm_pipeline'; give a smaller "
                 "one, or load with backend='infer_request'."
             )
-        return None
+        return unsupported_structure(config)
 
     def uses_prefix_cache(self, request: Request) -> bool:
         """Whether this request uses the prefix cache."""

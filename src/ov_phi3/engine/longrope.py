@@ -28,7 +28,6 @@ _SECOND_SEED = 0x9E3779B9  # 2**32 / golden ratio: the reply continues with othe
 
 # Options whose state the backend keeps from the reply's first token on, with the value that disables them.
 _STATEFUL = (("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("num_beams", 1), ("num_return_sequences", 1))
-_STRUCTURED = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,8 @@ class LongRope:
         """The first option that cannot cross the boundary, or None."""
         if self.assisted_tokens:
             return "speculative decoding"
-        for name in _STRUCTURED:
-            if getattr(config, name) is not None:
-                return name
+        if config.structure is not None:
+            return config.structure
         for name, disabled in _STATEFUL:
             if getattr(config, name) != disabled:
                 return f"{name}={getattr(config, name)}"

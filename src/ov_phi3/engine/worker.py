@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ov_phi3.backends.request_queue import RequestQueue, Ticket
     from ov_phi3.engine.channel import Channel
     from ov_phi3.engine.runner import Runner
+    from ov_phi3.text.stream_decoder import StreamDecoder
     from ov_phi3.text.tokenizer import Tokenizer
 
 __all__ = ["OnEnd", "OnPrefill", "ReplyOptions", "ReplyWorker", "now"]
@@ -27,8 +28,6 @@ OnEnd = Callable[[GenerationResult | None], GenerationResult | None]
 
 OnPrefill = Callable[[int, int], object]
 """Receives the number of prefilled prompt tokens and their total, in the thread that runs the model."""
-
-_STRUCTURED = ("json_schema", "regex", "grammar")
 
 
 def now() -> float:
@@ -78,7 +77,7 @@ class ReplyWorker:
         self._first_text: float | None = None
         self._timed_out = False
         self._prefilled = -1
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = self._new_decoder()
         self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
         self._ids: list[int] = []
         self._texts: list[str] = []
@@ -119,10 +118,13 @@ class ReplyWorker:
         finally:
             queue.leave(ticket)
 
+    def _new_decoder(self) -> StreamDecoder:
+        """A decoder of the reply. A structure asks for exact text, a space at its start included."""
+        return self._tokenizer.stream_decoder(keep_space=self._request.config.structure is not None)
+
     def _to_error(self, exc: BaseException) -> Error:
         """The error for an exception of the backend."""
-        structure = [name for name in _STRUCTURED if getattr(self._request.config, name) is not None]
-        return to_generation_error(exc, structure[0] if structure and not self._ids else None)
+        return to_generation_error(exc, None if self._ids else self._request.config.structure)
 
     def _end(self, result: GenerationResult | None, error: BaseException | None) -> None:
         try:
@@ -273,7 +275,8 @@ class ReplyWorker:
         """One reply, cut at a stop string, and that stop string."""
         config, ids = self._request.config, hypothesis.ids
         stops = StopMatcher(config.stop or (), include=bool(config.include_stop))
-        text = stops.add(self._tokenizer.decode(ids)) + stops.flush()
+        decoder = self._new_decoder()
+        text = stops.add(decoder.add(ids) + decoder.flush()) + stops.flush()
         reason: FinishReason = "length"
         if stops.matched is not None or (ids and ids[-1] in self._request.stop_ids):
             reason = "stop"

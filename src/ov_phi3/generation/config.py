@@ -304,6 +304,11 @@ class GenerationConfig:
         return tuple(self._show(name) for name in self._in_use(_CHANGING_LOGITS))
 
     @property
+    def structure(self) -> str | None:
+        """The option that gives the reply a structure, or None: json_schema, regex or grammar."""
+        return next(iter(self._in_use(_STRUCTURED)), None)
+
+    @property
     def is_multi_sequence(self) -> bool:
         """Whether the reply comes from several sequences (beams or samples), which cannot be streamed."""
         return self.num_sequences > 1

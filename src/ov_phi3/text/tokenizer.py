@@ -259,12 +259,17 @@ class Tokenizer:
         """The bytes that a token adds inside a text; b"" for ids that only pad the vocabulary."""
         return self._bytes.token_bytes(token_id)
 
-    def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """An incremental decoder; its results, joined, equal `decode` of all ids."""
+    def stream_decoder(self, *, skip_special_tokens: bool = True, keep_space: bool = False) -> StreamDecoder:
+        """An incremental decoder; its results, joined, equal `decode` of all ids.
+
+        Args:
+            skip_special_tokens: leave out the text of special tokens.
+            keep_space: keep a space at the start that `decode` removes with SentencePiece's vocabularies.
+        """
         return StreamDecoder(
             self._bytes.token_bytes,
             skipped=self._bytes.skipped if skip_special_tokens else (),
-            strips_space=self._bytes.strips_space,
+            strips_space=self._bytes.strips_space and not keep_space,
         )
 
 

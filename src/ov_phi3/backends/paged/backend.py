@@ -36,10 +36,7 @@ _UNSUPPORTED = {
     "num_assistant_tokens": "speculative decoding",
     "assistant_confidence_threshold": "speculative decoding",
 }
-_FOREIGN = (
-    "belongs to backend='llm_pipeline', not to 'infer_request', which concurrency= chooses where no backend is named; "
-    "leave it out, or name the other backend."
-)
+_FOREIGN = "belongs to backend='llm_pipeline'; leave it out or use that."
 _FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config")
 _FIRST_TOKENS = 1024  # of a cache that grows
 _GPU_CHUNK = 1024
@@ -63,7 +60,7 @@ class PagedBackendSpec:
             raise ConfigError(f"backend='infer_request' runs on CPUs and GPUs, not on {device.name}.")
         for key in _FOREIGN_PROPERTIES:
             if key in properties:
-                raise ConfigError(f"ov_config key {key!r} {_FOREIGN}")
+                raise ConfigError(f"ov_config[{key!r}] {_FOREIGN}")
         attention = str(properties.get("ATTENTION_BACKEND", "PA")).upper()
         if attention != "PA":
             raise ConfigError(f"ATTENTION_BACKEND={attention} {_FOREIGN}")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "ConstraintCompiler"]
 
 _CACHED = 64  # compiled grammars
-_STRUCTURED = ("json_schema", "regex", "grammar")
 
 
 class Constraint:
@@ -98,11 +97,10 @@ class ConstraintCompiler:
         Raises:
             ConfigError: llguidance is not installed, or does not accept the structure.
         """
-        for kind in _STRUCTURED:
-            text = getattr(config, kind)
-            if text is not None:
-                return Constraint(self._compile(kind, text).deep_copy(), self._vocab_size)
-        return None
+        kind = config.structure
+        if kind is None:
+            return None
+        return Constraint(self._compile(kind, getattr(config, kind)).deep_copy(), self._vocab_size)
 
     def _compile_grammar(self, kind: str, text: str) -> Any:
         if importlib.util.find_spec("llguidance") is None:
