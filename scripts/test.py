@@ -22,7 +22,7 @@ from _steps import BootstrapError, child_environment, main_of
 from emulated_gpu import UnavailableError, ensure_emulated_gpu
 
 TEST_MODELS = ("demo-int4", "demo-fp32", "tiny-fp32", "longrope64-fp32", "longrope256-fp32", "sliding-fp32")
-EMULATED_MODELS = ("tiny-fp32",)
+EMULATED_MODELS = ("tiny-fp32", "longrope64-fp32")
 STAGES = ("lint", "format", "types", "docs", "audit", "tests", "emulated")
 EMULATED_DEVICE = "GPU.0"
 # pytest's exit code if the arguments select no test.

@@ -130,18 +130,20 @@ def test_a_reply_with_default_settings_is_repeatable(tiny_fp32: Path, gpu: ov_ph
     assert first == second
 
 
-def test_the_kv_cache_has_the_promised_size(tiny_fp32: Path, tmp_path: Path):
+@pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
+@pytest.mark.parametrize("config", [EXACT, {}, {"KV_CACHE_PRECISION": "i8"}, {"KV_CACHE_PRECISION": "u4"}], ids=str)
+def test_the_kv_cache_has_the_promised_size(tiny_fp32: Path, tmp_path: Path, config: dict[str, Any], backend: str):
     record, promised = tmp_path / "memory.txt", 1 << 26
     code = f"""if True:
         import sys, ov_phi3
-        gigabytes = {promised} / 2**30
-        with ov_phi3.load(sys.argv[1], device="GPU.0", ov_config={EXACT!r}, kv_cache_gb=gigabytes) as pipe:
+        options = dict(device="GPU.0", ov_config={config!r}, backend={backend!r}, kv_cache_gb={promised} / 2**30)
+        with ov_phi3.load(sys.argv[1], **options) as pipe:
             pipe.generate("Hello", max_new_tokens=1)
         print(0)
     """
     run_python(code, str(tiny_fp32), OV_PHI3_EMULATED_MEMORY=str(record))
     allocated = [int(line.split()[1]) for line in record.read_text().splitlines()]
-    # Keys and values of 2 layers. Nothing else of this model is as large as a fifth of them.
-    caches = [size for size in allocated if size > promised / 5]
+    # Keys and values of 2 layers. Nothing else of this model is as large as a sixth of them.
+    caches = [size for size in allocated if size > promised / 6]
     assert len(caches) == 4
     assert 0.95 * promised < sum(caches) <= promised

@@ -25,6 +25,7 @@ _OTHER_NAMES = {
     "uint4_t": "u4",
     "int4_t": "i4",
 }
+_GPU_BLOCK = 16
 _GPU_DEFAULTS = {"f32": "i8", "f16": "u4"}  # by the precision of the inference (GPU plugin 2026.4.1)
 
 
@@ -97,7 +98,7 @@ class KVLayout:
             computes = inference_precision(kind, properties)
             default = info.runtime_options.get("KV_CACHE_PRECISION", _GPU_DEFAULTS.get(computes, "f16"))
             name = _known(properties.get("KV_CACHE_PRECISION", default))
-            return cls(16, name, name, scale_bytes=8 if computes == "f32" else 4)
+            return cls(_GPU_BLOCK, name, name, scale_bytes=8 if computes == "f32" else 4)
         default = info.runtime_options.get("KV_CACHE_PRECISION", "u8" if kind == "CPU" else "f16")
         both = properties.get("KV_CACHE_PRECISION", default)
         group = str(properties.get("VALUE_CACHE_GROUP_SIZE", "0"))
@@ -119,6 +120,8 @@ class KVLayout:
         head, block = info.head_dim, self.block_size
         keys = head * block * _BITS[self.key] // 8
         values = head * block * _BITS[self.value] // 8
+        if block == _GPU_BLOCK and _BITS[self.value] == 4:
+            values = block * -(-head // 32) * 16  # 4-bit values of a token are padded to 16 bytes
         if self.key in INTEGER_PRECISIONS:
             keys += self.scale_bytes * head
         if self.value in INTEGER_PRECISIONS:

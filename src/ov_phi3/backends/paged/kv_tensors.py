@@ -169,19 +169,22 @@ class KVTensorPool:
         """The same for the GPU plugin's layout (2026.4.1).
 
         Keys have a row for each channel, with the channel's scale behind its tokens. Values have the tokens one after
-        another, then all scales. Nothing is cleared in a cache of 4 bits, whose order of tokens is not known.
+        another, then all scales. 4-bit keys are packed in bytes, so that a slot may remain in a byte that is in use;
+        4-bit values are not cleared, since their order is not known.
         """
-        channels, block_size = self._ports[0].block_shape[1], self._ports[1].block_shape[1]
-        if self._ports[1].block_shape[2] < channels:
-            return
-        size = int(self._ports[1].type.bitwidth) // 8
+        (_, channels, key_width), block_size = self._ports[0].block_shape, self._ports[1].block_shape[1]
+        bits = int(self._ports[1].type.bitwidth)
+        if bits == 8 and key_width <= block_size:  # without room for a scale: two numbers are in a byte
+            bits = 4
+        token_bytes = channels * bits // 8
         for port, content in zip(self._ports, contents, strict=True):
             heads = content[-1].reshape(port.block_shape[0], -1)
             if port.name.startswith("value_cache."):
-                heads[:, used * channels * size : block_size * channels * size] = 0
+                if bits != 4:
+                    heads[:, used * token_bytes : block_size * token_bytes] = 0
             else:
                 rows = heads.reshape(len(heads), channels, -1)
-                rows[:, :, used * size : block_size * size] = 0
+                rows[:, :, -(-used * bits // 8) : block_size * bits // 8] = 0
 
     @staticmethod
     def _host_tensor(array: NDArray[np.uint8], port: CachePort, blocks: int) -> Any:
