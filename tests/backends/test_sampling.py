@@ -26,6 +26,11 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+def set_logit(logits: Any, at: int, value: float) -> Any:
+    logits[at] = value
+    return logits
+
+
 def sampler(ids: list[int] | None = None, ends: tuple[int, ...] = (), **options: Any) -> Sampler:
     config = GenerationConfig(**options).resolve(room=1000)
     return Sampler(config, np.array(ids or [0], dtype=np.int64), ends)
@@ -211,12 +216,25 @@ class TestSampler:
             sampler(logits_processors=[lambda ids, logits: wrong]).choose(LOGITS)
         assert isinstance(caught.value.__cause__, (TypeError, ValueError))
 
-    @pytest.mark.parametrize("value", [-np.inf, np.nan])
     @pytest.mark.parametrize("sample", [True, False])
-    def test_nothing_left(self, value: float, sample: bool) -> None:
-        chooser = sampler(logits_processors=[lambda ids, logits: np.full(8, value)], do_sample=sample)
-        with np.errstate(invalid="ignore"), pytest.raises(GenerationError, match="no token is left"):
+    def test_nothing_left(self, sample: bool) -> None:
+        chooser = sampler(logits_processors=[lambda ids, logits: np.full(8, -np.inf)], do_sample=sample)
+        with pytest.raises(GenerationError, match="no token is left"):
             chooser.choose(LOGITS)
+
+    @pytest.mark.parametrize("at", range(8))
+    @pytest.mark.parametrize("sample", [True, False])
+    def test_one_logit_that_is_not_a_number(self, at: int, sample: bool) -> None:
+        chooser = sampler(logits_processors=[lambda ids, logits: set_logit(logits, at, np.nan)], do_sample=sample)
+        with pytest.raises(GenerationError, match="NaN"):
+            chooser.choose(LOGITS)
+
+    @pytest.mark.parametrize("at", range(8))
+    def test_an_infinite_logit_is_chosen_if_greedy_and_refused_if_sampling(self, at: int) -> None:
+        options: dict[str, Any] = {"logits_processors": [lambda ids, logits: set_logit(logits, at, np.inf)]}
+        assert sampler(**options, do_sample=False).choose(LOGITS) == at
+        with pytest.raises(GenerationError, match="infinite"):
+            sampler(**options, do_sample=True).choose(LOGITS)
 
     def test_logprobs_are_the_models_own(self) -> None:
         chooser = sampler(logit_bias={5: 10.0}, top_logprobs=3)

@@ -77,14 +77,28 @@ class Sampler:
                 scores[self._ends] = -np.inf
         if allowed is not None:
             scores = _restrict(scores, logits, allowed)
-        token = self._draw(scores) if config.do_sample else int(scores.argmax())
-        if not np.isfinite(scores[token]):
-            raise GenerationError(
-                "no token is left to choose from: all logits are minus infinity or not numbers. Look at "
-                "logits_processors and logit_bias; without them, the model itself gives no numbers."
-            )
+        token = int(scores.argmax())
+        self._check_highest(scores[token])
+        if config.do_sample:
+            token = self._draw(scores)
         self._note(token)
         return token
+
+    def _check_highest(self, score: np.float32) -> None:
+        """Refuse logits that no token follows from: numpy takes a NaN for the highest value wherever it stands."""
+        if np.isnan(score):
+            problem = "a logit is not a number (NaN)"
+        elif score == -np.inf:
+            problem = "all logits are minus infinity, so that no token is left to choose from"
+        elif score == np.inf and self._config.do_sample:
+            problem = (
+                "a logit is infinite, which is no probability to sample with (a greedy reply would take that token)"
+            )
+        else:
+            return
+        raise GenerationError(
+            f"{problem}. Look at logits_processors and logit_bias; without them, the model itself gives such logits."
+        )
 
     def logprobs(self, logits: NDArray[np.float32], token: int) -> TokenLogprob | None:
         """Log-probability of a token and of the most likely ones; None if not requested."""
