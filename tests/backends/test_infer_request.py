@@ -11,20 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from questions import GREEDY, QUESTIONS, SYSTEM
 from reference import Reference
 
 import ov_phi3
 from ov_phi3 import ConfigError, GenerationConfig, ModelError, Pipeline
-
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
-QUESTIONS = (
-    "What is the capital of Japan?",
-    "Name three fruits.",
-    "Tell me about the sea.",
-    "Hi",
-    "Why is the sky blue?",
-)
-SYSTEM = "You are a helpful assistant who answers in one short sentence, politely, and never says more than was asked."
 
 
 @pytest.fixture(scope="module")

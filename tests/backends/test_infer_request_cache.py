@@ -8,20 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from paged import Copies, Passes, blocks_of
+from questions import GREEDY, QUESTIONS, SYSTEM
 
 import ov_phi3
 from ov_phi3 import Pipeline
 from ov_phi3.backends.paged.model_runner import ModelRunner
-
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
-QUESTIONS = (
-    "What is the capital of Japan?",
-    "Name three fruits.",
-    "Tell me about the sea.",
-    "Hi",
-    "Why is the sky blue?",
-)
-SYSTEM = "You are a helpful assistant who answers in one short sentence, politely, and never says more than was asked."
 
 
 def test_logits_of_the_last_token_only(loop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
