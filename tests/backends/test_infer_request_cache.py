@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from paged import Copies, Passes, blocks_of
+from paged import Copies, Passes, blocks_of, evict_all
 from questions import GREEDY, QUESTIONS, SYSTEM
 
 import ov_phi3
@@ -22,6 +22,7 @@ def test_logits_of_the_last_token_only(loop: Pipeline, monkeypatch: pytest.Monke
 
 
 def test_a_chat_continues_in_its_blocks(loop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    evict_all(loop)  # the first turn would copy a block of another chat that begins with the same control token
     copies = Copies(monkeypatch)
     chat = loop.chat(system=f"This begins as no other conversation does. {SYSTEM}")
     for number, question in enumerate(QUESTIONS):
