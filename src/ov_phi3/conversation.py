@@ -60,7 +60,7 @@ class TurnEncoder:
     def next(self, user: str) -> NDArray[np.int64]:
         """Ids behind a reply without its end token: the template's end of a reply, and a user's message."""
         template = self._tokenizer.template
-        return self._tokenizer.encode_segments(template.continuation({"role": "user", "content": user}))
+        return self._tokenizer.encode_segments(template.continuation([{"role": "user", "content": user}]))
 
     def added(self, conversation: Conversation, user: str) -> NDArray[np.int64]:
         """Ids that a message adds to a conversation."""

@@ -34,7 +34,8 @@ from ov_phi3.pipeline import Pipeline
 from ov_phi3.system import devices, versions
 from ov_phi3.system.core import few_kernels, give_memory_back
 from ov_phi3.system.properties import merge_config
-from ov_phi3.text.template import ChatTemplate, Message
+from ov_phi3.text.messages import Message
+from ov_phi3.text.template import ChatTemplate
 from ov_phi3.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

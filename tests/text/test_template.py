@@ -100,10 +100,9 @@ def test_content_parts_are_joined() -> None:
     [
         ([], "empty"),
         ([{"role": "usr", "content": "x"}], "Did you mean 'user'"),
-        ([{"role": "user"}], "no 'content'"),
-        ([{"role": "user", "content": None}], "NoneType"),
-        ([{"role": "user", "content": "x", "contnet": 1}], "Did you mean 'content'"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "content part"),
+        ([{"role": "tool", "content": "x"}], "takes .*'assistant'"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "tool_calls"),
+        ([{"role": "system", "content": "x", "tools": []}], "'tools'"),
     ],
 )
 def test_invalid_messages_are_named(messages: list, message: str) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3.errors import PromptError
-from ov_phi3.text.template import Message, Raw
+from ov_phi3.text.messages import Message
+from ov_phi3.text.template import Raw
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 
 if TYPE_CHECKING:

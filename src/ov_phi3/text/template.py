@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ov_phi3.errors import TemplateError, did_you_mean
 from ov_phi3.model.info import ModelInfo
+from ov_phi3.text.messages import ChatMessage, Message, check_final, normalize
 
-__all__ = ["ChatTemplate", "Message", "Raw", "Segment"]
-
-Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`; content is a string, or OpenAI's list of `{"type": "text", "text": ...}` parts."""
+__all__ = ["ChatTemplate", "Raw", "Segment"]
 
 
 class Raw(str):
@@ -155,22 +153,28 @@ class ChatTemplate:
 
     # -- rendering ---------------------------------------------------------------------------------------------------
 
-    def segments(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[Segment]:
+    def segments(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[Segment]:
         """The segments of a whole prompt.
 
         Args:
             messages: the chat.
             add_generation_prompt: end with the assistant's header; otherwise with `eos`.
+            continue_final_message: end with the text of the last message, an assistant's, which the reply continues.
 
         Raises:
-            TemplateError: no message, an unknown role or key, or content that is not text.
+            TemplateError: no message, an unknown role, content that is not text, or `continue_final_message` with
+                messages that do not end with the assistant's.
             TypeError: `messages` is not a sequence of mappings.
         """
-        if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
-            raise TypeError(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")
-        if not messages:
+        normal = normalize(messages, self.roles)
+        if not normal:
             raise TemplateError("messages is empty; a prompt needs at least one message with role 'user'.")
-        segments = self.beginning(messages)
+        if continue_final_message:
+            check_final(normal, continue_final_message=True)
+            return self._without_end(self.beginning(normal))
+        segments = self.beginning(normal)
         if add_generation_prompt:
             segments += self._generation_prompt()
         elif self.eos:
@@ -187,21 +191,29 @@ class ChatTemplate:
         """
         return ([Segment(self.bos, True)] if self.bos else []) + self._all_messages(messages)
 
-    def following(self, messages: Sequence[Message]) -> list[Segment]:
+    def following(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[Segment]:
         """The segments of messages that follow those of `beginning`, and a generation prompt.
 
+        Args:
+            messages: the messages, or none.
+            continue_final_message: end with the text of the last message, as in `segments`.
+
         Raises:
             TemplateError: as `segments`.
         """
+        if continue_final_message:
+            normal = normalize(messages, self.roles)
+            check_final(normal, continue_final_message=True)
+            return self._without_end(self._all_messages(normal))
         return self._all_messages(messages) + self._generation_prompt()
 
-    def continuation(self, message: Message) -> list[Segment]:
-        """The segments behind a reply: the end of the reply's message, the next message, a generation prompt.
+    def continuation(self, messages: Sequence[Message]) -> list[Segment]:
+        """The segments behind a reply: the end of the reply's message, the next messages, a generation prompt.
 
         Raises:
             TemplateError: as `segments`.
         """
-        return self._split(self.end) + self.following([message])
+        return self._split(self.end) + self.following(messages)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as one string, equal to the result of the model's own `chat_template`.
@@ -217,18 +229,25 @@ class ChatTemplate:
     def _generation_prompt(self) -> list[Segment]:
         return [] if self.open_after_user else self._split(self.header.format(role="assistant"))
 
-    def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
-        return [segment for index, message in enumerate(messages) for segment in self._one_message(index, message)]
+    def _without_end(self, segments: list[Segment]) -> list[Segment]:
+        """Without the end of the last message."""
+        return segments[: len(segments) - len(self._split(self.end))]
 
-    def _one_message(self, index: int, message: Message) -> list[Segment]:
-        role, content, tools = self._check_message(index, message)
+    def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
+        normal = normalize(messages, self.roles)
+        return [segment for index, message in enumerate(normal) for segment in self._one_message(index, message)]
+
+    def _one_message(self, index: int, message: ChatMessage) -> list[Segment]:
+        self._check_message(f"messages[{index}]", message)
+        role, content, tools = message["role"], message["content"], message.get("tools")
         if role == "system" and self.skip_empty_system and not content:
             return []
         has_header = self.open_after_user and role == "assistant"
         segments = [] if has_header else self._split(self.header.format(role=role))
         segments.append(Segment(content, False))
         if tools is not None:
-            segments += [Segment("<|tool|>", True), Segment(tools, False), Segment("<|/tool|>", True)]
+            text = tools if isinstance(tools, str) else json.dumps(tools)
+            segments += [Segment("<|tool|>", True), Segment(text, False), Segment("<|/tool|>", True)]
         segments += self._split(self.end)
         if self.open_after_user and role == "user":
             segments += self._split(self.header.format(role="assistant"))
@@ -241,48 +260,20 @@ class ChatTemplate:
             self._split_texts[text] = tuple(Segment(part, bool(i % 2)) for i, part in enumerate(parts) if part)
         return list(self._split_texts[text])
 
-    def _check_message(self, index: int, message: Message) -> tuple[str, str, str | None]:
-        """Return role, content and tools of a message, or raise an error that names the message by its index."""
-        label = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise TypeError(f"{label} must be a dict with 'role' and 'content', not {type(message).__name__}")
-        accepted = {"role", "content", "tools"} if self.tools else {"role", "content"}
-        for key in message:
-            if key not in accepted:
-                hint = did_you_mean(str(key), accepted)
-                raise TemplateError(f"{label} has the key {key!r}; this chat template takes {sorted(accepted)}.{hint}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise TemplateError(f"{label} has no {key!r}: {dict(message)!r}.")
+    def _check_message(self, label: str, message: ChatMessage) -> None:
+        """Refuse a message that the template has no form for."""
         role = message["role"]
-        if not isinstance(role, str) or role not in self.roles:
+        if role not in self.roles:
             raise TemplateError(f"{label} has the role {role!r}; {self._roles_help(role)}")
-        content = _text_of(message["content"], label)
-        tools = message.get("tools")
-        if tools is not None:
-            if role != "system":
-                raise TemplateError(f"{label} has 'tools'; Phi-4-mini takes them on the system message only.")
-            tools = tools if isinstance(tools, str) else json.dumps(tools)
-        return role, content, tools
+        if "tools" in message and not self.tools:
+            raise TemplateError(f"{label} has 'tools', which the {self.name} chat template has no place for.")
+        if "tool_calls" in message:
+            raise TemplateError(f"{label} has tool_calls, which the {self.name} chat template has no form for.")
 
-    def _roles_help(self, role: object) -> str:
-        if isinstance(role, str) and role == "system":
+    def _roles_help(self, role: str) -> str:
+        if role == "system":
             return (
                 f"the {self.name} chat template has no system message, and the model's own template drops it without "
                 "an error. Put the text in front of the first user message."
             )
-        return f"the {self.name} chat template takes {list(self.roles)}.{did_you_mean(str(role), self.roles)}"
-
-
-def _text_of(content: object, label: str) -> str:
-    """A message's content as one string."""
-    if isinstance(content, str):
-        return str(content)
-    if isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
-        texts = []
-        for part in content:
-            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise TemplateError(f"{label}: a content part must be {{'type': 'text', 'text': str}}, not {part!r}.")
-            texts.append(part["text"])
-        return "".join(texts)
-    raise TemplateError(f"{label}: content must be a string or a list of text parts, not {type(content).__name__}.")
+        return f"the {self.name} chat template takes {list(self.roles)}.{did_you_mean(role, self.roles)}"

@@ -13,8 +13,9 @@ import numpy as np
 from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.text.detokenizer_graph import DetokenizerGraph
+from ov_phi3.text.messages import Message, check_final, normalize
 from ov_phi3.text.stream_decoder import StreamDecoder
-from ov_phi3.text.template import ChatTemplate, Message, Raw, Segment
+from ov_phi3.text.template import ChatTemplate, Raw, Segment
 from ov_phi3.text.tokenizer_graph import TokenizerGraph
 
 if TYPE_CHECKING:
@@ -107,16 +108,33 @@ class Tokenizer:
             return self.encode_segments([Segment(part, bool(i % 2)) for i, part in enumerate(parts) if part])
         return self.encode_segments([Segment(text, False)])
 
-    def encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> NDArray[np.int64]:
+    def encode_messages(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> NDArray[np.int64]:
         """Encode a chat with `template`: token ids, int64, shape [tokens].
 
         For messages without control-token text these are exactly the ids of the rendered string.
 
+        Args:
+            messages: the chat.
+            add_generation_prompt: end with the assistant's header, for a reply to the last message.
+            continue_final_message: end with the text of the last message, an assistant's, for a reply that goes on
+                with it.
+
         Raises:
-            TemplateError: the template does not accept the messages.
+            TemplateError: the template does not accept the messages; or they end with the assistant's, which a
+                generation prompt cannot follow without `continue_final_message`.
             PromptError: a text cannot be encoded.
         """
-        return self.encode_segments(self.template.segments(messages, add_generation_prompt=add_generation_prompt))
+        if add_generation_prompt:
+            check_final(normalize(messages, self.template.roles), continue_final_message=continue_final_message)
+        return self.encode_segments(
+            self.template.segments(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        )
 
     def encode_segments(self, segments: Iterable[Segment]) -> NDArray[np.int64]:
         """Encode the segments of a chat template: token ids, int64, shape [tokens].
