@@ -38,7 +38,7 @@ def test_random_histories(part: int) -> None:
             outcomes[name] = outcomes.get(name, 0) + count
     for kind in ("reply", "stop", "sample", "beam", "prefill", "score"):
         assert outcomes.get(f"{kind} right", 0) > 5, outcomes
-    assert preemptions > 10
+    assert preemptions > 0
 
 
 @pytest.mark.parametrize("part", range(2))

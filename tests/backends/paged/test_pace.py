@@ -54,4 +54,16 @@ def test_there_is_always_a_budget(steps: list[tuple[list[int], float]]) -> None:
     pace = Pace()
     for counts, seconds in steps:
         pace.note(parts(*counts), seconds)
-        assert 1 <= pace.prefill_budget <= 2048
+        assert 8 <= pace.prefill_budget <= 2048
+
+
+def test_a_first_prefill_that_compiled_kernels_is_soon_forgotten() -> None:
+    """With a budget of one token the steps would look like decodes, and the prefill time would never be corrected."""
+    pace = Pace()
+    pace.note(parts(64), 0.640)
+    pace.note(parts(1), 0.010)
+    assert pace.prefill_budget == 8
+    for _ in range(10):
+        budget = pace.prefill_budget
+        pace.note(parts(1, budget), 0.010 + 0.0005 * budget)
+    assert pace.prefill_budget >= 29  # 15 ms at half a millisecond a token

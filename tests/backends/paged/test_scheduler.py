@@ -86,13 +86,24 @@ def test_decodes_first_and_prefill_beside_them_within_the_budget() -> None:
     assert world.step(budget=5) == [(0, 1), (1, 1), (2, 1)]
 
 
+@pytest.mark.parametrize(("decodes", "budget"), [(d, b) for d in (1, 2, 7, 8, 31) for b in (1, 2, 3, 40, 97, 2048)])
+def test_the_budget_is_rounded_down_by_half_at_most(decodes: int, budget: int) -> None:
+    world = World(4096)
+    world.add(*(FakeGroup(index, prompt(2, index), [9]) for index in range(decodes)))
+    world.step()
+    world.add(FakeGroup(99, prompt(4000, 99), [9]))
+    chunk = world.step(budget=budget)[-1][1]
+    assert budget / 2 <= chunk <= budget
+    assert (decodes + chunk) % 2 ** max(0, (decodes + chunk).bit_length() - 3) == 0 or chunk == budget
+
+
 def test_the_budget_goes_to_the_prompt_that_came_first() -> None:
     world = World(64)
     world.add(FakeGroup(0, prompt(3), [20]))
     world.step()
-    world.add(FakeGroup(1, prompt(6, 1), [9]), FakeGroup(2, prompt(6, 2), [9]))
-    assert world.step(budget=4) == [(0, 1), (1, 4)]
-    assert world.step(budget=4) == [(0, 1), (1, 2), (2, 2)]
+    world.add(FakeGroup(1, prompt(8, 1), [9]), FakeGroup(2, prompt(6, 2), [9]))
+    assert world.step(budget=5) == [(0, 1), (1, 5)]
+    assert world.step(budget=5) == [(0, 1), (1, 3), (2, 2)]
 
 
 @pytest.mark.parametrize(("chunk", "expected"), [(0, [20]), (8, [8, 8, 4])])
@@ -114,6 +125,12 @@ def test_a_group_waits_until_there_are_blocks_for_it() -> None:
     assert [world.step() for _ in range(4)] == [[(0, 8)], [(0, 1)], [(0, 1)], [(0, 1)]]
     assert world.step() == [(1, 12)]
     assert world.scheduler.preemptions == 0
+
+
+def test_the_cache_grows_for_a_group_that_waits() -> None:
+    world = World(5, max_blocks=64)
+    world.add(*(FakeGroup(index, prompt(8, index), [4]) for index in range(4)))
+    assert world.step() == [(0, 8), (1, 8), (2, 8), (3, 8)]
 
 
 def test_later_groups_do_not_pass_one_that_waits_for_blocks() -> None:

@@ -13,7 +13,9 @@ __all__ = ["Pace"]
 _MAX_STRETCH = 2.5  # a step with prefill takes at most this many times as long as one without
 _FIRST_BUDGET = 16  # tokens, until the times are known
 _MAX_BUDGET = 2048
+_MIN_BUDGET = 8  # a smaller chunk is hardly faster; and of single tokens no prefill time could be learned
 _WEIGHT = 0.2  # of the newest time in a moving average
+_WEIGHT_OF_LESS = 0.5  # the same where it is lower: a high time may hold the compilation of kernels
 
 
 class Pace:
@@ -31,7 +33,7 @@ class Pace:
         room_s = (_MAX_STRETCH - 1.0) * self._decode_s
         if room_s >= _MAX_BUDGET * self._prefill_token_s:
             return _MAX_BUDGET
-        return max(1, int(room_s / self._prefill_token_s))
+        return max(_MIN_BUDGET, int(room_s / self._prefill_token_s))
 
     def note(self, parts: Sequence[ScheduledTokens], seconds: float) -> None:
         """Note the time of a step."""
@@ -45,4 +47,6 @@ class Pace:
 
 
 def _average(before: float | None, value: float) -> float:
-    return value if before is None else before + _WEIGHT * (value - before)
+    if before is None:
+        return value
+    return before + (_WEIGHT if value > before else _WEIGHT_OF_LESS) * (value - before)
