@@ -40,11 +40,18 @@ class LoadedModel:
         """What saved keys and values of this model depend on."""
         return fingerprint_of(self.info, self.tokenizer.template)
 
-    def encode(self, prompt: Prompt) -> NDArray[np.int64]:
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> NDArray[np.int64]:
         """Encode a prompt: token ids, int64, shape [tokens]; the chat template is applied exactly once.
 
+        Args:
+            prompt: any kind of prompt.
+            continue_final_message: end with the text of the assistant's last message, which the reply continues.
+
         Raises:
+            ConfigError: `continue_final_message` with a prompt that is not messages.
             PromptError, TemplateError: a prompt that cannot become token ids.
             TypeError: none of the kinds of prompt.
         """
-        return encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
+        return encode_prompt(
+            prompt, self.tokenizer, self.info.vocab_size, continue_final_message=continue_final_message
+        )

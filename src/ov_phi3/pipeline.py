@@ -73,6 +73,7 @@ class Pipeline:
         on_prefill: OnPrefill | None = None,
         prefix: Prefix | None = None,
         timeout: float | None = None,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> GenerationResult:
         """Generate a whole reply to a prompt.
@@ -89,6 +90,8 @@ class Pipeline:
             timeout: seconds for the whole request, waiting in the queue included. The reply then ends with the tokens
                 that have come, and finish reason "timeout": within one token, or at the end of a chunk of the prefill.
                 Beam search cannot be interrupted on `backend="llm_pipeline"`.
+            continue_final_message: the messages end with the assistant's, and the reply goes on with its text instead
+                of starting a new message. The result holds the new text only.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -100,7 +103,8 @@ class Pipeline:
             GenerationError: the engine failed.
             ClosedError: the pipeline was closed.
         """
-        return self._submit(prompt, config, options, prefix, False, on_prefill=on_prefill, timeout=timeout).result
+        how = (prefix, on_prefill, timeout, continue_final_message)
+        return self._submit(prompt, config, options, *how, streamed=False).result
 
     def stream(
         self,
@@ -110,10 +114,12 @@ class Pipeline:
         on_prefill: OnPrefill | None = None,
         prefix: Prefix | None = None,
         timeout: float | None = None,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> TokenStream:
         """Stream a reply; generation starts at once. Arguments and errors are those of `generate`."""
-        return self._submit(prompt, config, options, prefix, True, on_prefill=on_prefill, timeout=timeout)
+        how = (prefix, on_prefill, timeout, continue_final_message)
+        return self._submit(prompt, config, options, *how, streamed=True)
 
     def _submit(
         self,
@@ -121,10 +127,11 @@ class Pipeline:
         config: GenerationConfig | None,
         options: dict[str, Any],
         prefix: Prefix | None,
-        streamed: bool,
-        *,
         on_prefill: OnPrefill | None,
         timeout: float | None,
+        continue_final_message: bool,
+        *,
+        streamed: bool,
     ) -> TokenStream:
         requested = now()
         self.engine.check_open()
@@ -132,7 +139,7 @@ class Pipeline:
             raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
         deadline = None if timeout is None else requested + seconds("timeout", timeout)
         config = GenerationConfig.of(config, options)
-        ids = encode_after(self._model, prompt, prefix)
+        ids = encode_after(self._model, prompt, prefix, continue_final_message=continue_final_message)
         return self.engine.submit(Submission(ids, config, ReplyOptions(requested, deadline, on_prefill), streamed))
 
     def score(
@@ -223,14 +230,23 @@ class Pipeline:
         self.engine.check_open()
         return Chat(self._model, system=system, overflow=overflow, on_cancel=on_cancel)
 
-    def encode(self, prompt: Prompt) -> NDArray[np.int64]:
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> NDArray[np.int64]:
         """Encode a prompt as the engine receives it: token ids, int64, shape [tokens]; templated exactly once.
 
+        Args:
+            prompt: as for `generate`.
+            continue_final_message: as for `generate`.
+
         Raises:
+            ConfigError: `continue_final_message` with a prompt that is not messages.
             PromptError, TemplateError: a prompt that cannot become token ids.
             TypeError: none of the kinds of prompt.
         """
-        return self._model.encode(prompt)
+        return self._model.encode(prompt, continue_final_message=continue_final_message)
+
+    def count_tokens(self, prompt: Prompt, *, continue_final_message: bool = False) -> int:
+        """Number of tokens that a prompt has for the engine, chat template included. Arguments and errors: `encode`."""
+        return len(self.encode(prompt, continue_final_message=continue_final_message))
 
     # -- life --------------------------------------------------------------------------------------------------------
 

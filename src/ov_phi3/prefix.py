@@ -116,17 +116,19 @@ def load_prefix(model: LoadedModel, path: str | os.PathLike[str]) -> Prefix:
     return Prefix(entry, model.fingerprint)
 
 
-def encode_after(model: LoadedModel, prompt: Prompt, prefix: Prefix | None) -> NDArray[np.int64]:
+def encode_after(
+    model: LoadedModel, prompt: Prompt, prefix: Prefix | None, *, continue_final_message: bool = False
+) -> NDArray[np.int64]:
     """The ids of a prompt, behind those of a prefix if one is given.
 
     Raises:
-        ConfigError: the backend cannot use a prefix.
+        ConfigError: the backend cannot use a prefix, or `continue_final_message` with a prompt that is not messages.
         SnapshotError: the prefix is of another model.
         PromptError, TemplateError: a prompt that cannot become token ids.
         TypeError: `prefix` is not a `Prefix`.
     """
     if prefix is None:
-        return model.encode(prompt)
+        return model.encode(prompt, continue_final_message=continue_final_message)
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix must be a Prefix, as prefill() and load_prefix() return, not {prefix!r}")
     check_fingerprint(prefix.fingerprint, model.fingerprint, "this prefix")
@@ -134,11 +136,13 @@ def encode_after(model: LoadedModel, prompt: Prompt, prefix: Prefix | None) -> N
     model.engine.import_kv(prefix.entry)  # it may come from another pipeline with the same model
     before = prefix.entry.ids
     is_user_message = isinstance(prompt, str) and not isinstance(prompt, Raw)
-    if not is_user_message:
-        whole = model.encode(prompt)
+    if not is_user_message or continue_final_message:
+        whole = model.encode(prompt, continue_final_message=continue_final_message)
         if np.array_equal(whole[: len(before)], before):
             return whole
     messages = as_messages(prompt)
     tokenizer = model.tokenizer
-    new = whole if messages is None else tokenizer.encode_segments(tokenizer.template.following(messages))
-    return np.concatenate([before, new])
+    if messages is None:
+        return np.concatenate([before, whole])
+    new = tokenizer.template.following(messages, continue_final_message=continue_final_message)
+    return np.concatenate([before, tokenizer.encode_segments(new)])

@@ -119,8 +119,9 @@ class ReplyWorker:
             queue.leave(ticket)
 
     def _new_decoder(self) -> StreamDecoder:
-        """A decoder of the reply. A structure asks for exact text, a space at its start included."""
-        return self._tokenizer.stream_decoder(keep_space=self._request.config.structure is not None)
+        """A decoder of what follows the prompt. A structure asks for exact text, a space at its start included."""
+        structured = self._request.config.structure is not None
+        return self._tokenizer.stream_decoder(keep_space=structured, after=self._request.ids)
 
     def _to_error(self, exc: BaseException) -> Error:
         """The error for an exception of the backend."""
@@ -196,13 +197,15 @@ class ReplyWorker:
     # -- the result --------------------------------------------------------------------------------------------------
 
     def _finish(self, report: BackendReport | None) -> GenerationResult:
-        rest = ""
+        rest, reason = "", self._finish_reason(report)
         if self._stops.matched is None:
-            rest = self._stops.add(self._decoder.flush()) + self._stops.flush()
+            # What was cut off can be continued: then an incomplete character at its end belongs to the rest.
+            rest = self._stops.add(self._decoder.flush(final=reason == "stop")) + self._stops.flush()
             if rest:
                 self._texts.append(rest)
                 self._first_text = self._first_text or now()
-        reason = self._finish_reason(report)
+            if self._stops.matched is not None:
+                reason = "stop"
         self._last = StreamChunk(rest, [], reason)
         return self._result(reason, report)
 
@@ -276,7 +279,7 @@ class ReplyWorker:
         config, ids = self._request.config, hypothesis.ids
         stops = StopMatcher(config.stop or (), include=bool(config.include_stop))
         decoder = self._new_decoder()
-        text = stops.add(decoder.add(ids) + decoder.flush()) + stops.flush()
+        text = stops.add(decoder.add(ids))
         reason: FinishReason = "length"
         if stops.matched is not None or (ids and ids[-1] in self._request.stop_ids):
             reason = "stop"
@@ -284,4 +287,5 @@ class ReplyWorker:
             reason = "cancelled" if self._channel.cancelled else "timeout"
         elif not hypothesis.hit_limit:
             reason = "stop"
-        return Alternative(text, ids, reason, hypothesis.score), stops.matched
+        text += stops.add(decoder.flush(final=reason == "stop")) + stops.flush()
+        return Alternative(text, ids, "stop" if stops.matched else reason, hypothesis.score), stops.matched

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ov_phi3.errors import PromptError
+from ov_phi3.errors import ConfigError, PromptError
 from ov_phi3.text.messages import Message
 from ov_phi3.text.template import Raw
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Prompt", "as_messages", "encode_prompt"]
+__all__ = ["Prompt", "as_messages", "check_continues", "encode_prompt"]
 
 Prompt: TypeAlias = "str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]"
 """One user message, `Raw` text, the messages of a chat, or token ids of shape [tokens]."""
@@ -29,7 +29,9 @@ def as_messages(prompt: Prompt) -> Sequence[Message] | None:
     return None
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+def encode_prompt(
+    prompt: Prompt, tokenizer: Tokenizer, vocab_size: int, *, continue_final_message: bool = False
+) -> NDArray[np.int64]:
     """Encode a prompt for the engine: token ids, int64, shape [tokens].
 
     Messages go through the chat template, exactly once; `Raw` text and token ids do not.
@@ -38,17 +40,26 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> NDAr
         prompt: any kind of prompt.
         tokenizer: encodes messages and text.
         vocab_size: a prompt of token ids may hold the ids from 0 to below this.
+        continue_final_message: end with the text of the assistant's last message, which the reply continues.
 
     Raises:
+        ConfigError: `continue_final_message` with a prompt that is not messages.
         PromptError, TemplateError: the prompt cannot become token ids, or it is empty.
         TypeError: `prompt` is none of the kinds above.
     """
-    if (messages := as_messages(prompt)) is not None:
-        ids = tokenizer.encode_messages(messages)
+    messages = as_messages(prompt)
+    check_continues(messages, continue_final_message=continue_final_message)
+    if messages is not None:
+        ids = tokenizer.encode_messages(messages, continue_final_message=continue_final_message)
     elif isinstance(prompt, Raw):
         ids = tokenizer.encode(prompt)
     elif isinstance(prompt, Mapping):
         raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
+    elif isinstance(prompt, Sequence) and any(isinstance(item, str) for item in prompt):
+        raise TypeError(
+            "prompt is a list of strings; one call answers one prompt. Call generate() once for each of them "
+            "(load(concurrency=...) runs several at once), or give one list of {'role', 'content'} dicts."
+        )
     elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
         ids = as_ids(prompt, vocab_size)
     else:
@@ -59,3 +70,19 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> NDAr
     if not ids.size:
         raise PromptError("the prompt is empty; give a text, messages or token ids.")
     return ids
+
+
+def check_continues(messages: Sequence[Message] | None, *, continue_final_message: bool) -> None:
+    """Refuse `continue_final_message` for a prompt that is not a list of messages.
+
+    Raises:
+        ConfigError: there are no messages.
+        TypeError: `continue_final_message` is not a bool.
+    """
+    if not isinstance(continue_final_message, bool):
+        raise TypeError(f"continue_final_message must be True or False, not {continue_final_message!r}")
+    if continue_final_message and messages is None:
+        raise ConfigError(
+            "continue_final_message=True needs a list of messages that ends with the assistant's. Raw text and token "
+            "ids are continued as they are; a string is a user's message."
+        )

@@ -6,6 +6,7 @@ input.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 __all__ = ["StopMatcher"]
@@ -47,6 +48,10 @@ class StopMatcher:
         shown = len(text) - self._partial_match(text)
         self._held = text[shown:]
         return text[:shown]
+
+    def fork(self) -> StopMatcher:
+        """A matcher that continues from here by itself."""
+        return copy.copy(self)
 
     def flush(self) -> str:
         """Return the text held back at the end of the reply, which was not part of a stop string."""

@@ -6,6 +6,7 @@ Pure Python, constant time per token. The results of all `add` calls and of `flu
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Collection, Iterable
 
 __all__ = ["StreamDecoder"]
@@ -21,15 +22,30 @@ class StreamDecoder:
         token_bytes: returns the bytes of a token id.
         skipped: ids that give no text.
         strips_space: remove one space from the start of the text, which SentencePiece's mark leaves there.
+        before: the last bytes of the text that this one continues, at least four or all; they complete a character
+            that they begin. The space at the start then stays.
     """
 
     def __init__(
-        self, token_bytes: Callable[[int], bytes], *, skipped: Collection[int] = (), strips_space: bool = False
+        self,
+        token_bytes: Callable[[int], bytes],
+        *,
+        skipped: Collection[int] = (),
+        strips_space: bool = False,
+        before: bytes = b"",
     ) -> None:
         self._token_bytes = token_bytes
         self._skipped = skipped
-        self._strip_next = strips_space
+        self._strip_next = strips_space and not before
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8.decode(before)
+
+    def fork(self) -> StreamDecoder:
+        """A decoder that continues from here by itself."""
+        copied = copy.copy(self)
+        copied._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        copied._utf8.setstate(self._utf8.getstate())
+        return copied
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete; empty while a character is incomplete."""
@@ -39,6 +55,10 @@ class StreamDecoder:
             data = data[1:] if data.startswith(b" ") else data
         return self._utf8.decode(data)
 
-    def flush(self) -> str:
-        """Return the rest at the end of the reply: U+FFFD if the last character is incomplete, else an empty string."""
-        return self._utf8.decode(b"", final=True)
+    def flush(self, *, final: bool = True) -> str:
+        """Return the rest at the end of the reply, if its last character is incomplete.
+
+        Args:
+            final: the text ends here, so the rest is U+FFFD. False leaves it out: further ids may complete it.
+        """
+        return self._utf8.decode(b"", final=True) if final else ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer"]
 
+Ids: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
+"""Token ids, shape [tokens]."""
+
 # Unicode's White_Space property, which the tokenizers' rstrip and lstrip use. str.strip() would also remove the four
 # separators U+001C to U+001F.
 _WHITE_SPACE = (
@@ -31,6 +34,7 @@ _WHITE_SPACE = (
 )
 
 _MARK = "\u2581"  # SentencePiece's mark for a space
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class Tokenizer:
@@ -85,6 +89,7 @@ class Tokenizer:
         # Zero-width, so that overlapping names are all found.
         self._unsafe = re.compile(f"(?={unsafe})" if unsafe else r"[^\s\S]")
         self._lstrip, self._rstrip = self._find_stripping_tokens()
+        self._header: tuple[ChatTemplate, tuple[int, ...]] | None = None
 
     def __repr__(self) -> str:
         controls = f"{len(self.control_tokens)} control tokens"
@@ -253,20 +258,33 @@ class Tokenizer:
 
     # -- to text -----------------------------------------------------------------------------------------------------
 
-    def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = True) -> str:
+    def decode(
+        self,
+        ids: Ids,
+        *,
+        skip_special_tokens: bool = True,
+        after: Ids = (),
+        final: bool = True,
+    ) -> str:
         """Decode token ids, shape [tokens].
 
         Args:
             ids: a list or 1-D array.
             skip_special_tokens: leave special tokens out of the text.
+            after: ids that these continue, such as a prompt, or a prompt and the first part of its reply. The result
+                is what `ids` add to their text.
+            final: the text ends with these ids. False leaves out a last character that is not complete, instead of
+                writing U+FFFD, so that `decode(a, final=False) + decode(b, after=a)` equals `decode(a + b)`.
 
         Raises:
             PromptError: an id is outside the vocabulary.
             TypeError: `ids` is not a list or 1-D array of whole numbers.
         """
         checked = as_ids(ids, self.vocab_size)
-        decoder = self.stream_decoder(skip_special_tokens=skip_special_tokens)
-        return decoder.add(checked.tolist()) + decoder.flush()
+        decoder = self.stream_decoder(
+            skip_special_tokens=skip_special_tokens, after=as_ids(after, self.vocab_size) if len(after) else ()
+        )
+        return decoder.add(checked.tolist()) + decoder.flush(final=final)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -277,18 +295,54 @@ class Tokenizer:
         """The bytes that a token adds inside a text; b"" for ids that only pad the vocabulary."""
         return self._bytes.token_bytes(token_id)
 
-    def stream_decoder(self, *, skip_special_tokens: bool = True, keep_space: bool = False) -> StreamDecoder:
+    def stream_decoder(
+        self, *, skip_special_tokens: bool = True, keep_space: bool = False, after: Ids = ()
+    ) -> StreamDecoder:
         """An incremental decoder; its results, joined, equal `decode` of all ids.
 
         Args:
             skip_special_tokens: leave out the text of special tokens.
             keep_space: keep a space at the start that `decode` removes with SentencePiece's vocabularies.
+            after: ids that the decoded ones continue, see `decode`.
         """
+        skipped = self._bytes.skipped if skip_special_tokens else frozenset()
         return StreamDecoder(
             self._bytes.token_bytes,
-            skipped=self._bytes.skipped if skip_special_tokens else (),
+            skipped=skipped,
             strips_space=self._bytes.strips_space and not keep_space,
+            before=self._text_before(after, skipped),
         )
+
+    def _text_before(self, ids: Ids, skipped: Collection[int]) -> bytes:
+        """The last bytes of the text that continues behind these ids; none if a reply begins there."""
+        data = b""
+        header = self._reply_header() if len(ids) else ()
+        for end in range(len(ids), 0, -1):
+            if len(data) >= _LONGEST_CHARACTER or _ends_with(ids, end, header):
+                break
+            token_id = int(ids[end - 1])
+            data = (b"" if token_id in skipped else self._bytes.token_bytes(token_id)) + data
+        return data
+
+    def _reply_header(self) -> tuple[int, ...]:
+        """The ids at the end of every prompt that a reply begins behind, from their last control token on."""
+        template, header = self._header or (None, ())
+        if template is not self.template:
+            try:
+                one, other = (self.encode_messages([{"role": "user", "content": text}]).tolist() for text in ("7", "b"))
+            except TemplateError:
+                one = other = []  # such messages are refused before anything is generated
+            common = next((n for n in range(min(len(one), len(other))) if one[-1 - n] != other[-1 - n]), 0)
+            control = next((n for n in range(1, common + 1) if one[-n] in self._control_ids), common)
+            header = tuple(one[len(one) - control :])
+            self._header = (self.template, header)
+        return header
+
+
+def _ends_with(ids: Ids, end: int, header: Sequence[int]) -> bool:
+    """Whether the first `end` ids end with a header."""
+    count = len(header)
+    return 0 < count <= end and all(int(ids[end - count + i]) == token_id for i, token_id in enumerate(header))
 
 
 def as_ids(ids: object, vocab_size: int) -> NDArray[np.int64]:
