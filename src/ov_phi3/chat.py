@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.checks import whole_number
-from ov_phi3.conversation import Conversation, Turn, TurnEncoder
+from ov_phi3.conversation import Conversation, Turn, TurnEncoder, check_turn, user_message
 from ov_phi3.engine.engine import Submission
 from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import ReplyOptions, now
@@ -24,6 +25,7 @@ from ov_phi3.kv.entry import KVEntry
 from ov_phi3.kv.fingerprint import RELEASE
 from ov_phi3.kv.layout import KVUsage
 from ov_phi3.saved import read_saved
+from ov_phi3.text.messages import ChatMessage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ov_phi3.engine.stream import TokenStream
     from ov_phi3.engine.worker import OnPrefill
     from ov_phi3.loaded_model import LoadedModel
+    from ov_phi3.text.messages import Message
 
 __all__ = ["Chat", "load_chat"]
 
@@ -56,7 +59,13 @@ class Chat:
     """
 
     def __init__(
-        self, model: LoadedModel, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep"
+        self,
+        model: LoadedModel,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        overflow: str = "error",
+        on_cancel: str = "keep",
     ) -> None:
         self.overflow = _one_of("overflow", overflow, _OVERFLOW)
         self.on_cancel = _one_of("on_cancel", on_cancel, _ON_CANCEL)
@@ -66,16 +75,17 @@ class Chat:
         self._turn = threading.Lock()  # held while a turn is started
         self._running: Channel | None = None
         self._loaded_kv: KVEntry | None = None  # of a loaded chat, until its first turn has used it
-        self._conversation = Conversation(system, frozenset(model.info.eos_token_ids))
-        if system is not None:
-            self._check_fits_alone("", 1, "the system message")  # also refuses a template without a system turn
+        self._conversation = self._begin(system, messages)
+        if self._conversation.system:
+            # Also refuses a template without a system turn.
+            self._check_fits_alone(user_message(""), 1, "the system message")
 
     def __repr__(self) -> str:
         conversation = self._now()
         return f"<Chat of {len(conversation.turns)} turns, {len(conversation.ids)} tokens>"
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The conversation so far, as a copy."""
         return self._now().messages
 
@@ -106,7 +116,7 @@ class Chat:
 
     def send(
         self,
-        text: str,
+        message: str | Message | Sequence[Message],
         config: GenerationConfig | None = None,
         *,
         on_cancel: str | None = None,
@@ -115,11 +125,12 @@ class Chat:
         **options: Any,
     ) -> GenerationResult:
         """One turn; returns the whole reply. Arguments and errors are those of `stream`."""
-        return self.stream(text, config, on_cancel=on_cancel, on_prefill=on_prefill, timeout=timeout, **options).result
+        how: dict[str, Any] = {"on_cancel": on_cancel, "on_prefill": on_prefill, "timeout": timeout}
+        return self.stream(message, config, **how, **options).result
 
     def stream(
         self,
-        text: str,
+        message: str | Message | Sequence[Message],
         config: GenerationConfig | None = None,
         *,
         on_cancel: str | None = None,
@@ -130,7 +141,9 @@ class Chat:
         """One turn, streamed. The turn becomes part of the conversation when the stream has ended.
 
         Args:
-            text: the user's message.
+            message: a text of the user's, a message, or a list of messages, in which an assistant's ends a turn of its
+                own. Messages that `Pipeline.chat(messages=...)` left without a reply come before it; `[]` answers these
+                alone.
             config: how to generate; `options` override it.
             on_cancel: "keep" or "drop", for this turn; default: the chat's.
             on_prefill: receives the progress of the prefill, see `Pipeline.generate`.
@@ -140,24 +153,27 @@ class Chat:
 
         Raises:
             StreamError: the stream of the previous turn is still running.
+            TemplateError: messages that the chat template has no form for, or nothing to answer.
             ContextOverflowError: the turn does not fit the context window; with `overflow="drop_oldest"` only if it
                 does not fit alone, with the system message.
             Error: what `Pipeline.generate` raises.
         """
         requested = now()
-        if not isinstance(text, str):
-            raise TypeError(f"a turn is a string, not {type(text).__name__}")
         keep = _one_of("on_cancel", self.on_cancel if on_cancel is None else on_cancel, _ON_CANCEL) == "keep"
+        messages = self._encoder.normalize(message)
         with self._turn:
             self._await_previous_turn()
             self._model.engine.check_open()
             config = GenerationConfig.of(config, options)
-            conversation, added, dropped = self._fit_to_window(text, config)
+            conversation = self._now().with_messages(messages, self._encoder)
+            check_turn(conversation.pending)
+            conversation, added, dropped = self._fit_to_window(conversation, config)
+            turn = Turn(conversation.pending, ChatMessage(role="assistant", content=""), added, added[:0])
             reply = ReplyOptions(
                 requested,
                 deadline=None if timeout is None else requested + seconds("timeout", timeout),
                 on_prefill=on_prefill,
-                on_end=lambda result: self._end(conversation, dropped, Turn(text, "", added, added[:0]), result, keep),
+                on_end=lambda result: self._end(conversation, dropped, turn, result, keep),
             )
             stream = self._model.engine.submit(
                 Submission(conversation.prompt(added), config, reply, continued=len(conversation.ids))
@@ -205,7 +221,7 @@ class Chat:
             conversation = self._now()
             most, note = len(conversation.ids), ", the tokens of this chat"
             tokens = whole_number("tokens", tokens, least=0, most=most, note=note)
-            kept = conversation.truncate(tokens, self._model.tokenizer.decode)
+            kept = conversation.truncate(tokens, functools.partial(self._model.tokenizer.decode, final=False))
             self._set(kept)
             return len(kept.ids)
 
@@ -249,6 +265,25 @@ class Chat:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _begin(self, system: str | None, messages: Sequence[Message] | None) -> Conversation:
+        """The conversation before the first turn."""
+        empty = Conversation(end_ids=frozenset(self._model.info.eos_token_ids))
+        if system is None and messages is None:
+            return empty
+        if system is not None and messages is not None:
+            raise ConfigError("system contradicts messages: give the system message as the first of the messages.")
+        if system is not None and not isinstance(system, str):
+            raise TypeError(f"system must be a string, not {type(system).__name__}")
+        if messages is not None and (isinstance(messages, str) or not isinstance(messages, Sequence)):
+            raise TypeError(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")
+        first = messages if messages is not None else [{"role": "system", "content": system}]
+        conversation = empty.with_messages(self._encoder.normalize(first), self._encoder)
+        if conversation.pending:
+            self._encoder.added(conversation, conversation.pending)  # refuses what the template has no form for
+        if self.overflow == "error":
+            self._model.engine.check_room(GenerationConfig(), len(conversation.ids))
+        return conversation
+
     def _now(self) -> Conversation:
         with self._lock:
             return self._conversation
@@ -280,8 +315,8 @@ class Chat:
         """
         if result is None or not result.token_ids or (result.finish_reason in ("cancelled", "timeout") and not keep):
             return result
-        reply = np.array(result.token_ids, dtype=np.int64)
-        ended = replace(turn, assistant=result.text, reply=reply)
+        answer = ChatMessage(role="assistant", content=result.text)
+        ended = replace(turn, answer=answer, reply=self._encoder.shown(result))
         self._set(conversation.with_turn(ended, result.metrics.reused_tokens or 0))
         self._loaded_kv = None
         if not dropped:
@@ -289,11 +324,11 @@ class Chat:
         return replace(result, dropped_messages=[message for turn in dropped for message in turn.messages])
 
     def _fit_to_window(
-        self, text: str, config: GenerationConfig
+        self, conversation: Conversation, config: GenerationConfig
     ) -> tuple[Conversation, NDArray[np.int64], tuple[Turn, ...]]:
-        """The conversation that a message continues, the ids that it adds, and the turns that are dropped for it."""
-        conversation = self._now()
-        added = self._encoder.added(conversation, text)
+        """The conversation that a turn continues, the ids that its messages add, and the turns dropped for it."""
+        new = conversation.pending
+        added = self._encoder.added(conversation, new)
         if self.overflow != "drop_oldest" or not conversation.turns:
             return conversation, added, ()
         window = self._model.engine.context_length
@@ -301,18 +336,21 @@ class Chat:
         room = config.max_new_tokens or max(least, min(_REPLY_TOKENS, window // _REPLY_SHARE))
         if len(conversation.prompt(added)) + room <= window:
             return conversation, added, ()
-        self._check_fits_alone(text, least, "the new message")
+        answers_tools = new[0]["role"] == "tool"
+        if not answers_tools:
+            self._check_fits_alone(new, least, "the new message")
         # Each drop changes the ids right behind the system message, so that all that stays is prefilled again. Dropping
         # down to half of the window means that this happens once in many turns.
-        count = conversation.oldest_to_drop(min(window - room, window // 2) - len(added), self._encoder)
+        most = min(window - room, window // 2) - len(added)
+        count = conversation.oldest_to_drop(most, self._encoder, keep_last=answers_tools)
         shorter = conversation.without_oldest(count, self._encoder)
         _log.info("dropped the %d oldest turns of a chat; %d stay", count, len(shorter.turns))
-        return shorter, self._encoder.added(shorter, text), conversation.turns[:count]
+        return shorter, self._encoder.added(shorter, new), conversation.turns[:count]
 
-    def _check_fits_alone(self, text: str, reply: int, what: str) -> None:
-        """Refuse a message that does not fit even with all turns dropped."""
+    def _check_fits_alone(self, new: Sequence[ChatMessage], reply: int, what: str) -> None:
+        """Refuse messages that do not fit even with all turns dropped."""
         engine = self._model.engine
-        tokens = len(self._encoder.first(self._now().system, text))
+        tokens = len(self._encoder.first(self._now().system, new))
         if tokens + reply > engine.context_length:
             raise engine.overflow(
                 f"{what} takes {tokens} tokens with the chat template around it, and the reply may take {reply}",

@@ -7,64 +7,137 @@ dropping the oldest ones, cutting and saving are slices of known ids.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ov_phi3.errors import TemplateError
+from ov_phi3.text.messages import ChatMessage, check_final, normalize
 from ov_phi3.text.tokenizer import as_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.generation.results import GenerationResult
+    from ov_phi3.text.messages import Message
     from ov_phi3.text.tokenizer import Tokenizer
 
-__all__ = ["Conversation", "Turn", "TurnEncoder"]
+__all__ = ["Conversation", "Turn", "TurnEncoder", "check_turn", "user_message"]
+
+
+def user_message(text: str) -> tuple[ChatMessage, ...]:
+    """The messages of a turn that is a text of the user's."""
+    return (ChatMessage(role="user", content=text),)
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One turn that has ended: the user's message and its reply.
+    """One turn that has ended: the messages that were new, and the reply.
 
     Attributes:
-        user: the text of the user's message.
-        assistant: the text of the reply.
+        new: the messages since the previous reply, such as one of the user's, or the results of tools.
+        answer: the assistant's message.
         added: ids from the end of the previous reply, or from the start of the conversation, to the reply; int64,
             shape [tokens]. The first turn's hold the system message too.
         reply: ids of the reply as generated, end token included; int64, shape [tokens].
     """
 
-    user: str
-    assistant: str
+    new: tuple[ChatMessage, ...]
+    answer: ChatMessage
     added: NDArray[np.int64]
     reply: NDArray[np.int64]
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The two messages."""
-        return [{"role": "user", "content": self.user}, {"role": "assistant", "content": self.assistant}]
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages of the turn, as copies."""
+        return _copies((*self.new, self.answer))
+
+    @property
+    def answers_tools(self) -> bool:
+        """Whether it begins with the result of a tool, which belongs to the reply before."""
+        return bool(self.new) and self.new[0]["role"] == "tool"
 
 
 class TurnEncoder:
-    """Encodes the user's messages of conversations, with one tokenizer and its chat template."""
+    """Encodes the messages of conversations, with one tokenizer and its chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def first(self, system: str | None, user: str) -> NDArray[np.int64]:
-        """Ids of a prompt that consists of a system message, if there is one, and a user's message."""
-        return self._tokenizer.encode_messages([*_system_message(system), {"role": "user", "content": user}])
+    def normalize(self, messages: str | Message | Sequence[Message]) -> tuple[ChatMessage, ...]:
+        """The messages in one form: a string is the user's, a mapping is one message.
 
-    def next(self, user: str) -> NDArray[np.int64]:
-        """Ids behind a reply without its end token: the template's end of a reply, and a user's message."""
-        template = self._tokenizer.template
-        return self._tokenizer.encode_segments(template.continuation([{"role": "user", "content": user}]))
+        Raises:
+            TemplateError: a message that the chat template has no form for.
+            TypeError: neither of these, nor a list of messages.
+        """
+        if isinstance(messages, str):
+            return user_message(str(messages))
+        roles = self._tokenizer.template.roles
+        if isinstance(messages, Mapping):
+            return tuple(normalize([messages], roles))
+        if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray)):
+            raise TypeError(f"a turn is a string, a message or a list of messages, not {type(messages).__name__}")
+        return tuple(normalize(cast("Sequence[Message]", messages), roles))
 
-    def added(self, conversation: Conversation, user: str) -> NDArray[np.int64]:
-        """Ids that a message adds to a conversation."""
-        return self.next(user) if conversation.turns else self.first(conversation.system, user)
+    def first(self, system: Sequence[ChatMessage], new: Sequence[ChatMessage]) -> NDArray[np.int64]:
+        """Ids of a prompt that consists of system messages, if there are any, and the first new messages."""
+        if not (system or new):
+            template = self._tokenizer.template
+            return self._tokenizer.encode_segments(template.beginning(()) + template.following(()))
+        return self._tokenizer.encode_messages([*system, *new])
+
+    def next(self, new: Sequence[ChatMessage]) -> NDArray[np.int64]:
+        """Ids behind a reply without its end token: the template's end of a reply, and new messages."""
+        return self._tokenizer.encode_segments(self._tokenizer.template.continuation(new))
+
+    def added(self, conversation: Conversation, new: Sequence[ChatMessage]) -> NDArray[np.int64]:
+        """Ids that messages add to a conversation."""
+        return self.next(new) if conversation.turns else self.first(conversation.system, new)
+
+    def reply(self, answer: ChatMessage) -> NDArray[np.int64]:
+        """Ids of an assistant's message that was not generated here, as they lie in the rendered conversation.
+
+        They come behind the assistant's header and end before the template's end of a message.
+        """
+        tokenizer = self._tokenizer
+        question = user_message("x")
+        before = tokenizer.encode_messages(question)
+        whole, one, other = (
+            tokenizer.encode_segments(tokenizer.template.beginning([*question, message]))
+            for message in (answer, *(ChatMessage(role="assistant", content=text) for text in ("7", "b")))
+        )
+        end = next((n for n in range(min(len(one), len(other))) if one[-1 - n] != other[-1 - n]), 0)
+        if np.array_equal(whole[: len(before)], before) and np.array_equal(whole[len(whole) - end :], one[-end:]):
+            return whole[len(before) : len(whole) - end]
+        return tokenizer.encode_continuation(answer["content"])  # header or end were merged with the text
+
+    def shown(self, result: GenerationResult) -> NDArray[np.int64]:
+        """The ids of a reply as far as its reader saw it.
+
+        They are the ids as generated, up to the stop string that cut the text. A token that holds the end of the text
+        and the beginning of the stop string is left out, and its part of the text is encoded by itself.
+        """
+        if result.stop_string is None:
+            return np.array(result.token_ids, dtype=np.int64)
+        tokenizer = self._tokenizer
+        structured = result.config.structure is not None
+        decoder = tokenizer.stream_decoder(keep_space=structured, after=result.prompt_token_ids)
+        kept, kept_text, text = 0, "", ""
+        for index, token_id in enumerate(result.token_ids, 1):
+            if kept_text == result.text:
+                break
+            text += decoder.add([token_id])
+            if result.text.startswith(text) and not decoder.incomplete:
+                kept, kept_text = index, text
+        rest = result.text[len(kept_text) :]
+        encode = tokenizer.encode_continuation if kept else tokenizer.encode
+        encoded = encode(rest).tolist() if rest else []
+        return np.array([*result.token_ids[:kept], *encoded], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -72,17 +145,19 @@ class Conversation:
     """A conversation between two turns. Never changed: a fork shares it, and a failed turn leaves it as it was.
 
     Attributes:
-        system: the text of the system message, or None.
+        system: the system messages that it begins with.
         end_ids: the model's end tokens. The end token of a reply need not be the one that the chat template writes, so
             it is removed when the conversation continues.
         turns: the turns, oldest first.
+        pending: messages at the end that have no reply yet; the next turn begins with them.
         reused_tokens: prompt tokens that the last turn took from the cache.
         dropped_turns: turns that were dropped to make room.
     """
 
-    system: str | None = None
+    system: tuple[ChatMessage, ...] = ()
     end_ids: frozenset[int] = frozenset()
     turns: tuple[Turn, ...] = ()
+    pending: tuple[ChatMessage, ...] = ()
     reused_tokens: int = field(default=0, compare=False)
     dropped_turns: int = 0
 
@@ -95,40 +170,76 @@ class Conversation:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """All messages, as new dicts."""
-        return _system_message(self.system) + [message for turn in self.turns for message in turn.messages]
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages, as copies."""
+        turns = [message for turn in self.turns for message in (*turn.new, turn.answer)]
+        return _copies((*self.system, *turns, *self.pending))
 
     def prompt(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """The ids of the prompt of a new turn, which adds these."""
-        return np.concatenate([self._without_end(self.ids), added])
+        ids = self.ids
+        if self.turns and len(self.turns[-1].reply):  # behind an empty reply, the last id is that of a header
+            ids = self._without_end(ids)
+        return np.concatenate([ids, added])
 
     def with_turn(self, turn: Turn, reused_tokens: int) -> Conversation:
-        """With one more turn."""
-        return replace(self, turns=(*self.turns, turn), reused_tokens=reused_tokens)
+        """With one more turn, which has answered the pending messages."""
+        return replace(self, turns=(*self.turns, turn), pending=(), reused_tokens=reused_tokens)
+
+    def with_messages(self, messages: Sequence[ChatMessage], encoder: TurnEncoder) -> Conversation:
+        """With messages from elsewhere: an assistant's ends a turn, those behind the last one are pending.
+
+        Raises:
+            TemplateError, PromptError: the chat template does not accept them.
+        """
+        conversation = self
+        for message in messages:
+            if message["role"] == "system" and not (conversation.turns or conversation.pending):
+                conversation = replace(conversation, system=(*conversation.system, message))
+            elif message["role"] == "assistant":
+                new = conversation.pending
+                turn = Turn(new, message, encoder.added(conversation, new), encoder.reply(message))
+                conversation = conversation.with_turn(turn, conversation.reused_tokens)
+            else:
+                conversation = replace(conversation, pending=(*conversation.pending, message))
+        return conversation
 
     def rewind(self, turns: int) -> Conversation:
-        """Without the last turns."""
-        return replace(self, turns=self.turns[: len(self.turns) - turns])
+        """Without the last turns; also without pending messages, unless it is for 0 turns."""
+        if not turns:
+            return self
+        return replace(self, turns=self.turns[: len(self.turns) - turns], pending=())
 
     def without_oldest(self, count: int, encoder: TurnEncoder) -> Conversation:
         """Without the oldest turns. Only the turn that becomes the first one is encoded again."""
         rest = self.turns[count:]
         if count and rest:
-            rest = (replace(rest[0], added=encoder.first(self.system, rest[0].user)), *rest[1:])
+            rest = (replace(rest[0], added=encoder.first(self.system, rest[0].new)), *rest[1:])
         return replace(self, turns=rest, dropped_turns=self.dropped_turns + count)
 
-    def oldest_to_drop(self, most: int, encoder: TurnEncoder) -> int:
-        """The fewest oldest turns without which the rest takes at most `most` tokens; all of them if none does."""
+    def oldest_to_drop(self, most: int, encoder: TurnEncoder, *, keep_last: bool = False) -> int:
+        """The fewest oldest turns without which the rest takes at most `most` tokens; all of them if none does.
+
+        A turn that answers tools is dropped with the turn that called them.
+
+        Args:
+            most: tokens that may stay.
+            encoder: encodes the turn that becomes the first one.
+            keep_last: the next turn answers tools that the last one called, so that one stays in any case.
+        """
         tokens = np.array([len(turn.added) + len(self._without_end(turn.reply)) for turn in self.turns])
         from_turn = np.append(np.cumsum(tokens[::-1])[::-1], 0)  # tokens of this turn and all later ones
+        largest = 0
         for count in range(1, len(self.turns)):
             first = self.turns[count]
+            if first.answers_tools:
+                continue
+            largest = count
             # Encoded only if the later turns leave room, which happens once or twice.
             behind = int(from_turn[count]) - len(first.added)
-            if behind <= most and behind + len(encoder.first(self.system, first.user)) <= most:
+            if behind <= most and behind + len(encoder.first(self.system, first.new)) <= most:
                 return count
-        return len(self.turns)
+        return largest if keep_last else len(self.turns)
 
     def truncate(self, tokens: int, decode: Callable[[NDArray[np.int64]], str]) -> Conversation:
         """The first ids only.
@@ -136,6 +247,8 @@ class Conversation:
         A cut inside a reply keeps the reply up to the cut, with the text that `decode` gives. A cut inside a user's
         message drops that message.
         """
+        if tokens == len(self.ids):
+            return self
         turns: list[Turn] = []
         left = tokens
         for turn in self.turns:
@@ -143,11 +256,12 @@ class Conversation:
             if left < 1:
                 break
             if left < len(turn.reply):
-                turns.append(replace(turn, reply=turn.reply[:left], assistant=decode(turn.reply[:left])))
+                reply = turn.reply[:left]
+                turns.append(replace(turn, reply=reply, answer=ChatMessage(role="assistant", content=decode(reply))))
                 break
             turns.append(turn)
             left -= len(self._without_end(turn.reply))  # the next turn continues without the reply's end token
-        return replace(self, turns=tuple(turns))
+        return replace(self, turns=tuple(turns), pending=())
 
     def _without_end(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return ids[:-1] if len(ids) and int(ids[-1]) in self.end_ids else ids
@@ -157,8 +271,9 @@ class Conversation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {
-            "system": self.system,
-            "turns": [[turn.user, turn.assistant, turn.reply.tolist()] for turn in self.turns],
+            "system": _copies(self.system),
+            "turns": [[_copies(turn.new), *_copies((turn.answer,)), turn.reply.tolist()] for turn in self.turns],
+            "pending": _copies(self.pending),
             "dropped": self.dropped_turns,
         }
 
@@ -166,22 +281,50 @@ class Conversation:
     def from_dict(
         cls, values: Mapping[str, Any], encoder: TurnEncoder, end_ids: Collection[int], vocab_size: int
     ) -> Conversation:
-        """From what `to_dict` gave; encodes every user's message once.
+        """From what `to_dict` gave; encodes every message but the replies once.
+
+        Values in which system message, user's message and reply are texts are those of earlier versions.
 
         Raises:
             KeyError, TypeError, ValueError: not such values.
         """
         system, rows = values["system"], values["turns"]
-        if not (system is None or isinstance(system, str)) or not isinstance(rows, Sequence):
-            raise TypeError("a system message is a text, and the turns are a list")
-        conversation = cls(system, frozenset(end_ids), dropped_turns=int(values["dropped"]))
-        for user, assistant, reply in rows:
-            if not (isinstance(user, str) and isinstance(assistant, str) and reply):
-                raise TypeError("a message is a text, and a reply has ids")
-            added = encoder.added(conversation, user)
-            conversation = conversation.with_turn(Turn(user, assistant, added, as_ids(reply, vocab_size)), 0)
-        return conversation
+        if not isinstance(rows, Sequence):
+            raise TypeError("the turns are a list")
+        conversation = cls(
+            _saved_messages(system, "system", encoder), frozenset(end_ids), dropped_turns=int(values["dropped"])
+        )
+        for saved_new, saved_answer, reply in rows:
+            new = _saved_messages(saved_new, "user", encoder)
+            (answer,) = _saved_messages(saved_answer, "assistant", encoder)
+            if not reply and answer["content"]:
+                raise TypeError("a reply has ids")
+            added = encoder.added(conversation, new)
+            conversation = conversation.with_turn(Turn(new, answer, added, as_ids(reply, vocab_size)), 0)
+        return replace(conversation, pending=_saved_messages(values.get("pending"), "user", encoder))
 
 
-def _system_message(system: str | None) -> list[dict[str, str]]:
-    return [] if system is None else [{"role": "system", "content": system}]
+def _saved_messages(value: object, role: str, encoder: TurnEncoder) -> tuple[ChatMessage, ...]:
+    """Messages as they were saved: None, a text, a message, or a list of messages."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (ChatMessage(role=role, content=value),)
+    if not isinstance(value, (Mapping, list)):
+        raise TypeError("a message is a text or a dict")
+    return encoder.normalize(value)
+
+
+def _copies(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    return [copy.deepcopy(dict(message)) for message in messages]
+
+
+def check_turn(new: Sequence[ChatMessage]) -> None:
+    """Check that a turn has messages to answer.
+
+    Raises:
+        TemplateError: there is none, or the last one is the assistant's.
+    """
+    if not new:
+        raise TemplateError("there is nothing to answer: give a text, a message or a list of messages.")
+    check_final(new, continue_final_message=False)

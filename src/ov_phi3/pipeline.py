@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ov_phi3.load_report import LoadReport
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.system.devices import DeviceInfo
+    from ov_phi3.text.messages import Message
     from ov_phi3.text.prompt import Prompt
 
 __all__ = ["Pipeline"]
@@ -210,11 +211,20 @@ class Pipeline:
         self.engine.check_open()
         return load_chat(self._model, path)
 
-    def chat(self, *, system: str | None = None, overflow: str = "error", on_cancel: str = "keep") -> Chat:
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        overflow: str = "error",
+        on_cancel: str = "keep",
+    ) -> Chat:
         """Start a conversation that keeps the exact token ids of every turn, so that its KV cache is reused.
 
         Args:
             system: a system message.
+            messages: a conversation that began elsewhere, instead of `system`. Messages behind the assistant's last one
+                have no reply yet: the first turn begins with them.
             overflow: what to do with a turn that no longer fits the context window. "error" raises
                 `ContextOverflowError` and leaves the conversation as it was. "drop_oldest" drops whole turns, oldest
                 first, until half of the window is free; never the system message and never the new message.
@@ -222,13 +232,13 @@ class Pipeline:
                 leaves the conversation as it was before the turn. Each turn can choose for itself.
 
         Raises:
-            ConfigError: another `overflow` or `on_cancel`.
-            TemplateError: a system message for a chat template without one.
-            ContextOverflowError: the system message alone fills the context window.
+            ConfigError: another `overflow` or `on_cancel`, or both `system` and `messages`.
+            TemplateError: messages that the chat template has no form for.
+            ContextOverflowError: the system message alone, or the conversation, fills the context window.
             ClosedError: the pipeline was closed.
         """
         self.engine.check_open()
-        return Chat(self._model, system=system, overflow=overflow, on_cancel=on_cancel)
+        return Chat(self._model, system=system, messages=messages, overflow=overflow, on_cancel=on_cancel)
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> NDArray[np.int64]:
         """Encode a prompt as the engine receives it: token ids, int64, shape [tokens]; templated exactly once.

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ov_phi3 import Chat, ModelInfo, Tokenizer
-from ov_phi3.conversation import Conversation, Turn, TurnEncoder
+from ov_phi3.conversation import Conversation, Turn, TurnEncoder, user_message
+from ov_phi3.text.messages import ChatMessage, normalize
 
 # Words, so that a text has the same ids behind a line break as behind a control token.
 WORDS = ("river", "stone", "Ada", "Rome", "capital", "seven", "why", "Paris", "unbelievable", "x")
@@ -51,17 +52,24 @@ class Model:
 
     def converse(self, system: str | None, history: list[tuple[str, str, bool]]) -> Conversation:
         """A conversation; a reply without an end token is one that ended at its length limit."""
-        conversation = Conversation(system, self.end_ids)
+        head = () if system is None else (ChatMessage(role="system", content=system),)
+        conversation = Conversation(head, self.end_ids)
         for user, assistant, ended in history:
             reply = self.reply(assistant)
             ids = np.array(reply if ended else reply[:-1], dtype=np.int64)
-            added = self.encoder.added(conversation, user)
-            conversation = conversation.with_turn(Turn(user, assistant, added, ids), 0)
+            conversation = conversation.with_turn(self.turn(conversation, user, assistant, ids), 0)
         return conversation
+
+    def turn(self, conversation: Conversation, user: str, assistant: str, ids: Any) -> Turn:
+        """A turn that continues a conversation."""
+        new = user_message(user)
+        return Turn(
+            new, ChatMessage(role="assistant", content=assistant), self.encoder.added(conversation, new), np.array(ids)
+        )
 
     def prompt(self, conversation: Conversation, user: str) -> list[int]:
         """The prompt of the next turn, by arithmetic."""
-        return conversation.prompt(self.encoder.added(conversation, user)).tolist()
+        return conversation.prompt(self.encoder.added(conversation, user_message(user))).tolist()
 
     def encoded(self, conversation: Conversation, user: str) -> list[int]:
         """The same, by encoding all messages again."""
@@ -78,6 +86,20 @@ def model(request: pytest.FixtureRequest) -> Model:
 def test_turns_add_up(model: Model, system: str | None, history: Any, user: str) -> None:
     conversation = model.converse(system, history)
     assert model.prompt(conversation, user) == model.encoded(conversation, user)
+
+
+@check
+@given(systems, histories, st.none() | texts)
+def test_messages_from_elsewhere(model: Model, system: str | None, history: Any, user: str | None) -> None:
+    """They have the ids of turns that were generated, and of the rendered conversation."""
+    expected = model.converse(system, [(*pair, False) for *pair, _ in history])
+    messages = [*expected.messages, *([] if user is None else user_message(user))]
+    read = Conversation(end_ids=model.end_ids).with_messages(normalize(messages), model.encoder)
+    assert read.ids.tolist() == expected.ids.tolist()
+    assert (read.messages, len(read.turns), read.system) == (messages, len(history), expected.system)
+    assert read.pending == (() if user is None else user_message(user))
+    if user is not None:
+        assert model.prompt(expected, user) == model.tokenizer.encode_messages(messages).tolist()
 
 
 @check
@@ -131,9 +153,9 @@ def test_truncate(model: Model, system: str | None, history: Any, data: Any) -> 
     for turn in shorter.turns:
         assert len(turn.reply)
     whole = conversation.turns[: len(shorter.turns)]
-    assert [turn.user for turn in shorter.turns] == [turn.user for turn in whole]
+    assert [turn.new for turn in shorter.turns] == [turn.new for turn in whole]
     if shorter.turns and len(shorter.turns[-1].reply) < len(whole[-1].reply):
-        assert shorter.turns[-1].assistant == model.tokenizer.decode(shorter.turns[-1].reply)
+        assert shorter.turns[-1].answer["content"] == model.tokenizer.decode(shorter.turns[-1].reply)
         assert len(left) == tokens
     # Longer by one turn would be too long: its message and one id of its reply.
     for turn in conversation.turns[len(shorter.turns) :][:1]:
@@ -173,6 +195,14 @@ def test_to_and_from_values(model: Model, system: str | None, history: Any, drop
     assert read.to_dict() == conversation.to_dict()
 
 
+def test_values_of_an_earlier_version(model: Model) -> None:
+    conversation = model.converse("Be brief.", [("river", "stone", True)])
+    reply = list(model.reply("stone"))
+    values = {"system": "Be brief.", "turns": [["river", "stone", reply]], "dropped": 0}
+    read = Conversation.from_dict(values, model.encoder, model.end_ids, model.vocab_size)
+    assert (read.ids.tolist(), read.messages) == (conversation.ids.tolist(), conversation.messages)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -194,8 +224,7 @@ def test_values_of_something_else(model: Model, change: dict[str, Any]) -> None:
 def test_a_fork_shares_the_value(model: Model) -> None:
     conversation = model.converse("Be brief.", [("river", "stone", True)])
     before = conversation.ids.tolist()
-    added = model.encoder.added(conversation, "why")
-    other = conversation.with_turn(Turn("why", "Ada", added, np.array(model.reply("Ada"))), 3)
+    other = conversation.with_turn(model.turn(conversation, "why", "Ada", model.reply("Ada")), 3)
     assert conversation.ids.tolist() == before
     assert len(conversation.turns) == 1
     assert other.turns[0] is conversation.turns[0]
@@ -234,7 +263,7 @@ class TestDropOldest:
         chat, _ = self.full(make, monkeypatch)
         engine, encoder = chat._model.engine, TurnEncoder(chat._model.tokenizer)
         before, window, room = chat._conversation, engine.context_length, 4
-        added = encoder.next("One more.")
+        added = encoder.next(user_message("One more."))
         most = min(window - room, window // 2) - len(added)
         result = chat.send("One more.", max_new_tokens=room)
         expected = next(

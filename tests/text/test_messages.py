@@ -108,5 +108,5 @@ def test_the_ids_of_a_continued_message_end_with_its_text(phi3: Tokenizer) -> No
     messages = [USER, {"role": "assistant", "content": "The capital"}]
     ids = phi3.encode_messages(messages, continue_final_message=True).tolist()
     assert ids == phi3.encode_messages([USER]).tolist() + phi3.encode("The capital").tolist()
-    with pytest.raises(TemplateError, match="continue_final_message"):
-        phi3.encode_messages(messages)
+    with pytest.raises(TemplateError, match="'user'"):
+        phi3.encode_messages([USER], continue_final_message=True)

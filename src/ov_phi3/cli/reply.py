@@ -178,7 +178,7 @@ def _turn(chat: Any, text: str, config: GenerationConfig) -> None:
         bar = terminal.PrefillBar()
         result, _ = _show(chat.stream(text, config, on_prefill=bar), bar)
         if result.dropped_messages:
-            turns = len(result.dropped_messages) // 2
+            turns = sum(message["role"] == "assistant" for message in result.dropped_messages)
             dropped = "oldest turn was" if turns == 1 else f"{turns} oldest turns were"
             terminal.note(f"[the {dropped} dropped, to make room]")
         terminal.note(_latency(result))

@@ -98,7 +98,7 @@ class GenerationResult:
     prompt_token_ids: list[int] = field(repr=False)
     stop_string: str | None = None
     alternatives: tuple[Alternative, ...] = ()
-    dropped_messages: list[dict[str, str]] = field(default_factory=list)
+    dropped_messages: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:

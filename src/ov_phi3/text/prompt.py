@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3.errors import ConfigError, PromptError
-from ov_phi3.text.messages import Message
+from ov_phi3.text.messages import Message, check_final, normalize
 from ov_phi3.text.template import Raw
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 
@@ -50,6 +50,7 @@ def encode_prompt(
     messages = as_messages(prompt)
     check_continues(messages, continue_final_message=continue_final_message)
     if messages is not None:
+        check_final(normalize(messages, tokenizer.template.roles), continue_final_message=continue_final_message)
         ids = tokenizer.encode_messages(messages, continue_final_message=continue_final_message)
     elif isinstance(prompt, Raw):
         ids = tokenizer.encode(prompt)

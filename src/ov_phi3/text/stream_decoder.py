@@ -55,6 +55,11 @@ class StreamDecoder:
             data = data[1:] if data.startswith(b" ") else data
         return self._utf8.decode(data)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether it holds the first bytes of a character."""
+        return bool(self._utf8.getstate()[0])
+
     def flush(self, *, final: bool = True) -> str:
         """Return the rest at the end of the reply, if its last character is incomplete.
 

@@ -13,7 +13,7 @@ import numpy as np
 from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.text.detokenizer_graph import DetokenizerGraph
-from ov_phi3.text.messages import Message, check_final, normalize
+from ov_phi3.text.messages import Message
 from ov_phi3.text.stream_decoder import StreamDecoder
 from ov_phi3.text.template import ChatTemplate, Raw, Segment
 from ov_phi3.text.tokenizer_graph import TokenizerGraph
@@ -122,17 +122,16 @@ class Tokenizer:
 
         Args:
             messages: the chat.
-            add_generation_prompt: end with the assistant's header, for a reply to the last message.
+            add_generation_prompt: end with the assistant's header, for a reply; also behind an assistant's message,
+                which `Pipeline` refuses.
             continue_final_message: end with the text of the last message, an assistant's, for a reply that goes on
                 with it.
 
         Raises:
-            TemplateError: the template does not accept the messages; or they end with the assistant's, which a
-                generation prompt cannot follow without `continue_final_message`.
+            TemplateError: the template does not accept the messages, or they do not end with the assistant's and
+                `continue_final_message` is set.
             PromptError: a text cannot be encoded.
         """
-        if add_generation_prompt:
-            check_final(normalize(messages, self.template.roles), continue_final_message=continue_final_message)
         return self.encode_segments(
             self.template.segments(
                 messages,
