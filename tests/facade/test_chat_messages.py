@@ -20,16 +20,6 @@ NEXT = {"role": "user", "content": "And of Japan?", "name": "Ada"}
 SENT = {"role": "user", "content": "And of Japan?"}
 
 
-@pytest.fixture(params=["tiny_pipe", "tiny_loop"])
-def tiny(request: pytest.FixtureRequest) -> Pipeline:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["pipe", "loop"])
-def demo(request: pytest.FixtureRequest) -> Pipeline:
-    return request.getfixturevalue(request.param)
-
-
 # -- conversations that began elsewhere ------------------------------------------------------------------------------
 
 

@@ -10,16 +10,6 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 BEGUN = [QUESTION, {"role": "assistant", "content": "The capital"}]
 
 
-@pytest.fixture(params=["tiny_pipe", "tiny_loop"])
-def tiny(request: pytest.FixtureRequest) -> Pipeline:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["pipe", "loop"])
-def demo(request: pytest.FixtureRequest) -> Pipeline:
-    return request.getfixturevalue(request.param)
-
-
 def test_the_first_part_and_the_rest_are_the_whole(tiny: Pipeline) -> None:
     whole = tiny.generate([QUESTION], max_new_tokens=12)
     assert " " in whole.text
