@@ -5,8 +5,8 @@
 The number of a request determines its content. Five fixed questions, asked greedily among the other requests, must give
 the same ids every time. Every invalid request must raise an error of the library. At the end the memory of the process
 is compared with the memory after the first hundred requests, and its threads and file handles with those before the
-first request. The first hundred requests include a prompt as long as the window, so that the KV cache is fully
-allocated.
+first request. The first hundred requests include prompts as long as the window, as many as the KV cache has room for,
+so that it is fully allocated.
 
 The default window is 2,048 tokens; prompts that exceed it are among the invalid requests. ``--concurrency`` sets the
 number of threads that ask at once. The exit code is 1 if an answer changed, an invalid request was answered or raised
@@ -75,7 +75,7 @@ class Run:
         self.pipe = pipe
         self.seed = seed
         self.folder = folder
-        self.own_loop = pipe.load_report.backend == "infer_request"
+        self.own_engine = pipe.load_report.backend == "infer_request"
         self.known = [self.ask(question) for question in QUESTIONS]
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -93,7 +93,7 @@ class Run:
         makers = {"wrong": self._wrong(), "cancelled": self._cancelled(), "whole": self._whole()}[group]
         name, make = rng.choice(list(makers.items()))
         if number == FIRST // 2:
-            group, name, make = "whole", "a prompt as long as the window", self._longest
+            group, name, make = "whole", "prompts as long as the window", self._longest
         problem = None
         try:
             problem = make(rng)
@@ -124,8 +124,8 @@ class Run:
                 self.pipe.generate(chat_message(rng), stop=["e", "\n"], max_new_tokens=30)
             ),
         }
-        if self.own_loop:
-            return {**kinds, "scored": self._scored, "saved and loaded": self._saved}
+        if self.own_engine:
+            kinds |= {"scored": self._scored, "saved and loaded": self._saved}
         return {
             **kinds,
             "beams": lambda rng: self._ended(
@@ -211,8 +211,13 @@ class Run:
         return self._ended(self.pipe.generate("Go on.", prefix=self.pipe.load_prefix(file), **_short(rng)))
 
     def _longest(self, rng: random.Random) -> str | None:
-        ids = [rng.randrange(1000, 2000) for _ in range(self.pipe.context_length - 8)]
-        return self._ended(self.pipe.generate(ids, max_new_tokens=8))
+        """Prompts as long as the window, until every block of the KV cache has been used."""
+        room = self.pipe.load_report.kv_cache_tokens or 0
+        problem = None
+        for _ in range(max(1, -(-room // self.pipe.context_length))):
+            ids = [rng.randrange(1000, 2000) for _ in range(self.pipe.context_length - 8)]
+            problem = problem or self._ended(self.pipe.generate(ids, max_new_tokens=8))
+        return problem
 
     @staticmethod
     def _ended(result: ov_phi3.GenerationResult) -> str | None:

@@ -28,14 +28,26 @@ def anonymous_mib_and_threads():
     kib = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
     return kib / 1024, len(os.listdir("/proc/self/task"))
 
-for _ in range(3):
+def least(cycles):
+    seen = []
+    for _ in range(cycles):
+        cycle()
+        seen.append(anonymous_mib_and_threads())
+    return [min(values) for values in zip(*seen)]
+
+for _ in range(2):
     cycle()
-before = anonymous_mib_and_threads()
+before = least(3)
 for _ in range(6):
     cycle()
-after = anonymous_mib_and_threads()
+after = least(3)
 print(after[0] - before[0], after[1] - before[1])
 """
+"""Nine cycles lie between the two figures."""
+
+ONE_BUFFER_MIB = 30
+"""oneDNN keeps one work buffer for a thread, as large as the widest weights (27 MiB with the demo model). It may come
+before the first figure or after it, and does not add up. The fault that this test guards against left 7 MiB a cycle."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -50,7 +62,7 @@ def test_loading_again_and_again_keeps_memory_and_threads(
     )
     grown, threads = map(float, done.stdout.split())
     assert threads <= 0
-    assert grown < 10
+    assert grown < ONE_BUFFER_MIB + 10
 
 
 def test_close_lets_go_of_the_compiled_model(tiny_fp32: Path) -> None:
