@@ -46,8 +46,9 @@ print(after[0] - before[0], after[1] - before[1])
 """Nine cycles lie between the two figures."""
 
 ONE_BUFFER_MIB = 30
-"""oneDNN keeps one work buffer for a thread, as large as the widest weights (27 MiB with the demo model). It may come
-before the first figure or after it, and does not add up. The fault that this test guards against left 7 MiB a cycle."""
+"""The last model may leave one buffer as large as the widest weights (27 MiB with the demo model), on a busy machine
+more often, before the first figure or after it. It does not add up. The fault that this test guards against left 7 MiB
+a cycle."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
