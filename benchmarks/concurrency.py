@@ -1,16 +1,18 @@
 """Throughput of concurrent requests: tokens per second of several callers, compared with one caller.
 
-    python benchmarks/concurrency.py MODEL [--device GPU.0] [--at-once 1 2 4 8] [--repeat 3] [--json FILE]
+    python benchmarks/concurrency.py MODEL [--device GPU.0] [--at-once 1 2 4 8] [--genai] [--json FILE]
 
 One pipeline, loaded with ``concurrency=`` of the largest number of callers, answers requests from one thread and from
 several threads. All settings alternate in every round, and a ratio compares figures of one round. A pipeline without
 ``concurrency=`` is measured too, to show the cost of the batching engine for a single caller. Every request has a fresh
-prompt, so no request reuses cached tokens.
+prompt, so no request reuses cached tokens. ``--genai`` adds a pipeline that uses GenAI's continuous batching instead of
+our own engine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import sys
@@ -57,18 +59,24 @@ def replies(pipe: ov_phi3.Pipeline, prompts: list[Any], at_once: int, new_tokens
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Measure all rounds; return the samples of each setting."""
     largest = max(options.at_once)
-    samples: dict[str, list[dict[str, Any]]] = {"plain": [], **{str(n): [] for n in options.at_once}}
+    settings: dict[str, tuple[str, int]] = {"plain": ("plain", 1), **{str(n): ("own", n) for n in options.at_once}}
+    if options.genai:
+        settings |= {f"{n}, GenAI's batching": ("genai", n) for n in options.at_once}
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     load, rng = load_options(options), random.Random(0)
-    with (
-        ov_phi3.load(options.model, **load) as plain,
-        ov_phi3.load(options.model, concurrency=largest, **load) as pipe,
-    ):
+    with contextlib.ExitStack() as stack:
+        pipes = {
+            "plain": stack.enter_context(ov_phi3.load(options.model, **load)),
+            "own": stack.enter_context(ov_phi3.load(options.model, concurrency=largest, **load)),
+        }
+        if options.genai:
+            genai = ov_phi3.load(options.model, concurrency=largest, backend="llm_pipeline", **load)
+            pipes["genai"] = stack.enter_context(genai)
         for number in range(-1, options.repeat):
-            for name in samples:
+            for name, (kind, at_once) in settings.items():
                 progress(f"round {number + 1} of {options.repeat}: {name} at once")
-                prompts = [ov_phi3.random_prompt(plain, options.prompt_tokens, rng) for _ in range(2 * largest)]
-                at_once = 1 if name == "plain" else int(name)
-                sample = replies(plain if name == "plain" else pipe, prompts, at_once, options.new_tokens)
+                prompts = [ov_phi3.random_prompt(pipes[kind], options.prompt_tokens, rng) for _ in range(2 * largest)]
+                sample = replies(pipes[kind], prompts, at_once, options.new_tokens)
                 samples[name] += [sample] if number >= 0 else []
     return samples
 
@@ -84,6 +92,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--genai", action="store_true", help="measure GenAI's batching in the same run")
     options = parser.parse_args()
     if min(options.at_once) < 1 or max(options.at_once) < 2 or options.repeat < 1:
         parser.error("--at-once needs numbers of at least 1, one of them above 1, and --repeat at least 1")

@@ -270,10 +270,10 @@ def test_endurance_finds_no_fault(tiny_fp32: Path, device: str, tmp_path: Path, 
 def test_concurrency_measures_every_number_of_callers(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
     target = tmp_path / "concurrency.json"
     sizes = ["--at-once", "3", "--repeat", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
-    done = run("concurrency.py", tiny_fp32, "--device", device, *sizes, "--json", target)
+    done = run("concurrency.py", tiny_fp32, "--device", device, *sizes, "--genai", "--json", target)
     assert done.returncode == 0, done.stderr
     assert "1, without concurrency=" in done.stdout
     report = json.loads(target.read_text(encoding="utf-8"))
-    assert report["samples"].keys() == {"plain", "1", "3"}
+    assert report["samples"].keys() == {"plain", "1", "3", "1, GenAI's batching", "3, GenAI's batching"}
     assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["tokens_per_s_over_one_caller"]["1"] == 1.0
