@@ -108,6 +108,26 @@ class TestStreams:
         assert score.logprobs == pytest.approx([entry.logprob for entry in result.logprobs], abs=1e-3)
         assert result.to_dict()["logprobs"][0]["top"][0][0] == result.token_ids[0]
 
+    def test_logprobs_have_the_text_and_bytes_of_their_tokens(self, tiny_loop: Pipeline) -> None:
+        """With SentencePiece's spaces, and with the bytes of a character that several tokens make."""
+        wanted = tiny_loop.tokenizer.encode("a \U0001f999").tolist()
+        start = len(tiny_loop.encode("Hi"))
+
+        def spell(ids: Any, logits: Any) -> Any:
+            logits[wanted[len(ids) - start]] = 1000.0
+            return logits
+
+        result = tiny_loop.generate("Hi", top_logprobs=3, logits_processors=[spell], max_new_tokens=len(wanted))
+        entries = result.logprobs
+        assert b"".join(entry.bytes for entry in entries) == " a \U0001f999".encode()
+        assert [entry.text for entry in entries] == [" a", " ", *["\ufffd"] * 4]
+        for entry in entries:
+            assert [(c.token_id, c.logprob) for c in entry.candidates] == list(entry.top)
+            assert [c.bytes for c in entry.candidates] == [tiny_loop.tokenizer.token_bytes(i) for i, _ in entry.top]
+        values = result.to_dict()["logprobs"][2]
+        assert (values["text"], values["bytes"]) == ("\ufffd", [0xF0])
+        assert [len(values[name]) for name in ("top", "top_text", "top_bytes")] == [3, 3, 3]
+
     def test_closing_ends_what_runs(self, tiny_fp32: Path, device: str) -> None:
         pipe = ov_phi3.load(tiny_fp32, device=device, backend="infer_request")
         stream = pipe.stream("x", ignore_eos=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ov_phi3 import ConfigError, ContextOverflowError, GenerationConfig
@@ -105,3 +106,5 @@ def test_wrong_seconds(value: Any, error: type[Exception]) -> None:
 def test_seconds() -> None:
     assert seconds("timeout", 2) == 2.0
     assert seconds("timeout", 10**400) == math.inf
+    assert seconds("timeout", np.float32(0.5)) == 0.5
+    assert seconds("timeout", np.int64(2)) == 2.0

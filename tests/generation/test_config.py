@@ -19,6 +19,9 @@ from ov_phi3 import ConfigError, GenerationConfig
         ("temprature", "Did you mean 'temperature'"),
         ("rng_seed", "called 'seed'"),
         ("stop_strings", "called 'stop'"),
+        ("streamer", r"pipe\.stream"),
+        ("callback", r"pipe\.stream"),
+        ("messages", "first argument"),
         ("zzz", "All options"),
     ],
 )
@@ -199,6 +202,7 @@ class TestResolve:
         ({"repetition_penalty": np.int8(2)}, {"repetition_penalty": 2}),
         ({"do_sample": np.bool_(True)}, {"do_sample": True}),
         ({"stop_token_ids": [np.int32(5), 5]}, {"stop_token_ids": (5,)}),
+        ({"stop_token_ids": np.array([5, 6])}, {"stop_token_ids": (5, 6)}),
         ({"logit_bias": {np.int64(5): np.float32(1.5)}}, {"logit_bias": ((5, 1.5),)}),
         ({"logit_bias": {5: np.float32("-inf")}}, {"logit_bias": ((5, float("-inf")),)}),
     ],

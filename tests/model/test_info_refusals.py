@@ -32,6 +32,8 @@ def fails(path: Path | str, *words: str) -> str:
 
 def test_a_path_that_is_no_directory(tmp_path: Path, model: Path) -> None:
     fails(tmp_path / "nowhere", "nowhere does not exist", "ov-phi3 export")
+    name = "microsoft/Phi-3-mini-4k-instruct"
+    fails(name, "does not exist", "Hugging Face hub", f"ov_phi3.export('{name}', ", f"ov-phi3 export {name} ")
     fails(model / "config.json", "is a file", str(model))
     fails("a\0b")
     with pytest.raises(TypeError):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.backends.batching import Batch
+from ov_phi3.backends.genai_options import ASSISTED_OPTIONS, unsupported_options
 from ov_phi3.backends.genai_structure import unsupported_structure
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
 from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
-from ov_phi3.errors import ConfigError
 from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
 from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
 from ov_phi3.text.tokenizer_files import tokenizers_importable
@@ -36,10 +36,8 @@ __all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_schedu
 
 CAPABILITIES = Capabilities("llm_pipeline", batches=True, caches_compiled=True, shares_random_numbers=True)
 
-_ASSISTED_OPTIONS = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
 _WHOLE_PROMPTS = 2**31 - 1  # a whole prompt in one step, as in GenAI's own latency setting
-_MAX_SEED = 2**32 - 1  # GenAI's generator of random numbers has a state of 32 bits
 
 
 class LLMPipelineSpec:
@@ -147,7 +145,9 @@ class LLMPipelineBackend:
     ) -> None:
         self._genai = import_genai()
         # Do not call bool(draft_model): it crashes (openvino_genai 2026.4.1).
-        self._assisted = bool(properties.get("prompt_lookup")) or "draft_model" in properties
+        self._assisted = "draft_model" if "draft_model" in properties else ""
+        if properties.get("prompt_lookup"):
+            self._assisted = "prompt_lookup"
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
         self._uncached: Any = None
@@ -221,15 +221,8 @@ class LLMPipelineBackend:
         return self._index
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Options that only our own engine has, seeds that GenAI would truncate, structures that it would not obey."""
-        if options := config.infer_request_options:
-            return f"{options[0]} needs a pipeline loaded with backend='infer_request'."
-        if (config.seed or 0) > _MAX_SEED:
-            return (
-                f"seed={config.seed} is above {_MAX_SEED}, the largest seed of backend='llm_pipeline'; give a smaller "
-                "one, or load with backend='infer_request'."
-            )
-        return unsupported_structure(config)
+        """Options that GenAI lacks or would refuse while it runs, and structures that it would not obey."""
+        return unsupported_options(config, self._assisted) or unsupported_structure(config)
 
     def uses_prefix_cache(self, request: Request) -> bool:
         """Whether this request uses the prefix cache."""
@@ -330,15 +323,10 @@ class LLMPipelineBackend:
 
     def _convert(self, request: Request) -> Any:
         """GenAI's config without stop strings, which the engine matches, and with every end token as a stop id."""
-        assisted = [name for name in _ASSISTED_OPTIONS if getattr(request.config, name) is not None]
-        if assisted and not self._assisted:
-            raise ConfigError(
-                f"{assisted[0]} needs a pipeline loaded with ov_config={{'prompt_lookup': True}} (or a draft model)."
-            )
         config = request.config.replace(stop=None, include_stop=None).to_genai()
         config.stop_token_ids = request.stop_ids
         config.eos_token_id = request.end_ids[0] if request.end_ids else -1
-        if self._assisted and not assisted:
+        if self._assisted and all(getattr(request.config, name) is None for name in ASSISTED_OPTIONS):
             config.num_assistant_tokens = 5  # GenAI's own default for prompt lookup and draft models
             config.max_ngram_size = 3
         return config

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.sizing import KVCachePlan
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.system.devices import DeviceInfo
+    from ov_phi3.text.stop_strings import StopWatch
     from ov_phi3.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -100,6 +101,8 @@ class Request:
         should_continue: called now and then during a long pass; False stops the pass where the backend can do so.
         on_progress: receives the number of prefilled prompt tokens and their total; returns False to stop. For
             backends that schedule their own prefill.
+        stop_watch: finds the stop strings of a reply; each of several sequences forks it. None without stop strings. A
+            streamed reply is stopped by its sink.
     """
 
     ids: NDArray[np.int64]
@@ -110,6 +113,7 @@ class Request:
     most_reused: int | None = None
     should_continue: Callable[[], bool] | None = None
     on_progress: Callable[[int, int], bool] | None = None
+    stop_watch: StopWatch | None = None
 
     @property
     def stop_ids(self) -> set[int]:

@@ -201,6 +201,9 @@ class Engine:
         """
         backend = self.check_open()
         config = self._limits.resolve(submission.config, len(submission.ids), streamed=submission.streamed)
+        control = self._tokenizer.control_ids(config.stop or ())  # special tokens give no text to search
+        if control:
+            config = config.replace(stop_token_ids=(*(config.stop_token_ids or ()), *control))
         if (problem := backend.unsupported(config)) is not None:
             raise ConfigError(problem)
         seeded, continued = submission.config.seed is not None, submission.continued

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ov_phi3.errors import ConfigError, ContextOverflowError
+from ov_phi3.generation.contradictions import check_resolved
 
 if TYPE_CHECKING:
     from ov_phi3.engine.longrope import LongRope
@@ -48,6 +50,7 @@ class Limits:
         resolved = config.resolve(self.defaults, room=room, prompt_tokens=prompt_tokens)
         if streamed:
             _check_streamable(resolved)
+        check_resolved(resolved)
         explicit_length = config.max_new_tokens is not None or config.max_length is not None
         if resolved.is_multi_sequence and not explicit_length:
             resolved = self._limit_several(resolved, prompt_tokens)
@@ -119,11 +122,12 @@ def seconds(name: str, value: object) -> float:
         ConfigError: not above 0, or not a number.
         TypeError: of another type.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are among them
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    if not value > 0:
-        raise ConfigError(f"{name}={value}; expected a number of seconds above 0, or None for as long as it takes.")
     try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        duration = float(value)
+    except OverflowError:  # an integer too large for a float
+        duration = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    if not duration > 0:
+        raise ConfigError(f"{name}={value}; expected a number of seconds above 0, or None for as long as it takes.")
+    return duration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.backends.protocol import BackendReport, CallbackFailed, Cancelled, Hypothesis, Request
@@ -12,7 +12,7 @@ from ov_phi3.errors import Error
 from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
 from ov_phi3.system.failures import to_generation_error
-from ov_phi3.text.stop_strings import StopMatcher
+from ov_phi3.text.stop_strings import StopMatcher, StopWatch
 
 if TYPE_CHECKING:
     from ov_phi3.backends.request_queue import RequestQueue, Ticket
@@ -77,8 +77,8 @@ class ReplyWorker:
         self._first_text: float | None = None
         self._timed_out = False
         self._prefilled = -1
-        self._decoder = self._new_decoder()
-        self._stops = StopMatcher(request.config.stop or (), include=bool(request.config.include_stop))
+        self._decoder, self._stops = self._new_decoder(), self._new_matcher()
+        self._control_stops = tokenizer.control_ids(request.config.stop or ())
         self._ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -122,6 +122,14 @@ class ReplyWorker:
         """A decoder of what follows the prompt. A structure asks for exact text, a space at its start included."""
         structured = self._request.config.structure is not None
         return self._tokenizer.stream_decoder(keep_space=structured, after=self._request.ids)
+
+    def _new_matcher(self) -> StopMatcher:
+        config = self._request.config
+        return StopMatcher(config.stop or (), include=bool(config.include_stop))
+
+    def _control_stop(self, ids: Sequence[int]) -> str | None:
+        """The stop string that is the control token which ended these ids."""
+        return self._control_stops.get(ids[-1]) if ids else None
 
     def _to_error(self, exc: BaseException) -> Error:
         """The error for an exception of the backend."""
@@ -190,8 +198,9 @@ class ReplyWorker:
             self._texts.append(text)
             if self._first_text is None:
                 self._first_text = now()
-        self._logprobs += logprobs
-        self._channel.put(StreamChunk(text, step, logprobs=list(logprobs)))
+        named = [entry.with_bytes(self._tokenizer.token_bytes) for entry in logprobs[: len(step)]]
+        self._logprobs += named
+        self._channel.put(StreamChunk(text, step, logprobs=named))
         return self._stops.matched is None
 
     # -- the result --------------------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ class ReplyWorker:
         rest, reason = "", self._finish_reason(report)
         if self._stops.matched is None:
             # What was cut off can be continued: then an incomplete character at its end belongs to the rest.
-            rest = self._stops.add(self._decoder.flush(final=reason == "stop")) + self._stops.flush()
+            rest = self._stops.end(self._decoder.flush(final=reason == "stop"), self._control_stop(self._ids))
             if rest:
                 self._texts.append(rest)
                 self._first_text = self._first_text or now()
@@ -264,7 +273,8 @@ class ReplyWorker:
 
     def _generate_n(self) -> GenerationResult:
         """Beams or samples: nothing is streamed, so the first token is delivered with the last."""
-        hypotheses, reused = self._runner.generate_n(self._request, self._on_progress)
+        watch = StopWatch(self._new_decoder(), self._new_matcher()) if self._request.config.stop else None
+        hypotheses, reused = self._runner.generate_n(replace(self._request, stop_watch=watch), self._on_progress)
         replies = [self._alternative(hypothesis) for hypothesis in hypotheses]
         best, self._stops.matched = replies[0]
         self._ids, self._texts = best.token_ids, [best.text]
@@ -276,9 +286,7 @@ class ReplyWorker:
 
     def _alternative(self, hypothesis: Hypothesis) -> tuple[Alternative, str | None]:
         """One reply, cut at a stop string, and that stop string."""
-        config, ids = self._request.config, hypothesis.ids
-        stops = StopMatcher(config.stop or (), include=bool(config.include_stop))
-        decoder = self._new_decoder()
+        ids, stops, decoder = hypothesis.ids, self._new_matcher(), self._new_decoder()
         text = stops.add(decoder.add(ids))
         reason: FinishReason = "length"
         if stops.matched is not None or (ids and ids[-1] in self._request.stop_ids):
@@ -287,5 +295,5 @@ class ReplyWorker:
             reason = "cancelled" if self._channel.cancelled else "timeout"
         elif not hypothesis.hit_limit:
             reason = "stop"
-        text += stops.add(decoder.flush(final=reason == "stop")) + stops.flush()
+        text += stops.end(decoder.flush(final=reason == "stop"), self._control_stop(ids))
         return Alternative(text, ids, "stop" if stops.matched else reason, hypothesis.score), stops.matched

@@ -6,7 +6,6 @@ A field that is None is *not given*: the model's own `generation_config.json` ap
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ov_phi3.errors import ConfigError, did_you_mean
-from ov_phi3.generation import genai, hf, openai, validation
-from ov_phi3.generation.names import ALIASES
+from ov_phi3.generation import contradictions, genai, hf, openai, validation
+from ov_phi3.generation.contradictions import ASSISTED, BEAMS, SAMPLING, STRUCTURED
+from ov_phi3.generation.names import ALIASES, OTHER_CALLS
 from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
 
 __all__ = ["DEFAULTS", "INFER_REQUEST_OPTIONS", "GenerationConfig", "LogitsProcessor"]
@@ -49,10 +49,6 @@ DEFAULTS: dict[str, Any] = {
 }
 """Value of a field that neither the caller nor the model gives. With this value, an option has no effect."""
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-_BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_ngram_size", "stop_criteria")
-_STRUCTURED = ("json_schema", "regex", "grammar")
-_ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold")
 _CHANGING_LOGITS = (
     "repetition_penalty",
     "presence_penalty",
@@ -167,7 +163,7 @@ class GenerationConfig:
         self._set("logits_processors", validation.processors(self.logits_processors))
         if self.stop_criteria is not None and self.stop_criteria not in ("early", "heuristic", "never"):
             raise ConfigError(f"stop_criteria={self.stop_criteria!r}; expected 'early', 'heuristic' or 'never'.")
-        self._check_contradictions()
+        contradictions.check(self)
 
     def _set(self, name: str, value: object) -> None:
         """Set a field of this frozen record; for `__post_init__` only."""
@@ -242,18 +238,22 @@ class GenerationConfig:
         own, inherited = self.given, base.given
         samples = self.samples
         if samples is False or self.num_beams not in (None, 1):
-            inherited = {k: v for k, v in inherited.items() if k not in (*_SAMPLING, "do_sample")}
+            inherited = {k: v for k, v in inherited.items() if k not in (*SAMPLING, "do_sample")}
         elif samples and inherited.get("do_sample") is False:
             inherited.pop("do_sample")
         if inherited.get("temperature") == 0 and samples:
             inherited.pop("temperature")
-        if samples:
-            inherited = {k: v for k, v in inherited.items() if k != "num_beams" and k not in _BEAMS}
+        if samples or self.logit_options:
+            inherited = {k: v for k, v in inherited.items() if k != "num_beams" and k not in BEAMS}
+        if self.num_beams not in (None, 1):
+            inherited = {
+                k: v for k, v in inherited.items() if k not in (*_CHANGING_LOGITS, *ASSISTED, "max_ngram_size")
+            }
         for name, alternative in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
             if name in own:
                 inherited.pop(alternative, None)
-        if any(name in own for name in _STRUCTURED):
-            inherited = {k: v for k, v in inherited.items() if k not in _STRUCTURED}
+        if any(name in own for name in STRUCTURED):
+            inherited = {k: v for k, v in inherited.items() if k not in STRUCTURED}
         return GenerationConfig(**{**inherited, **own})
 
     def resolve(self, model: GenerationConfig | None = None, *, room: int, prompt_tokens: int = 0) -> GenerationConfig:
@@ -296,17 +296,17 @@ class GenerationConfig:
     @property
     def infer_request_options(self) -> tuple[str, ...]:
         """Options in use that only `backend="infer_request"` has, each as "name=value"."""
-        return tuple(self._show(name) for name in self._in_use(INFER_REQUEST_OPTIONS))
+        return tuple(self.show(name) for name in self.in_use(INFER_REQUEST_OPTIONS))
 
     @property
     def logit_options(self) -> tuple[str, ...]:
         """Options in use that change the model's logits, each as "name=value"."""
-        return tuple(self._show(name) for name in self._in_use(_CHANGING_LOGITS))
+        return tuple(self.show(name) for name in self.in_use(_CHANGING_LOGITS))
 
     @property
     def structure(self) -> str | None:
         """The option that gives the reply a structure, or None: json_schema, regex or grammar."""
-        return next(iter(self._in_use(_STRUCTURED)), None)
+        return next(iter(self.in_use(STRUCTURED)), None)
 
     @property
     def is_multi_sequence(self) -> bool:
@@ -325,58 +325,14 @@ class GenerationConfig:
             return self.do_sample
         if self.temperature is not None:
             return self.temperature > 0
-        return True if self._in_use(_SAMPLING) else None
+        return True if self.in_use(SAMPLING) else None
 
-    def _in_use(self, names: Iterable[str]) -> list[str]:
+    def in_use(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are given with a value that has an effect."""
         return [n for n in names if getattr(self, n) is not None and getattr(self, n) != DEFAULTS.get(n)]
 
-    def _check_contradictions(self) -> None:
-        beams = self.num_beams or 1
-        sampling = self._in_use(_SAMPLING)
-        if self.do_sample and self.temperature == 0:
-            raise _contradiction("do_sample=True", "temperature=0", "temperature 0 is greedy; leave one of them out")
-        if self.samples is False and (useless := [n for n in sampling if getattr(self, n) != 0]):
-            greedy = "do_sample=False" if self.do_sample is False else "temperature=0"
-            reason = "a greedy reply does not sample; leave one of them out"
-            raise _contradiction(greedy, self._show(useless[0]), reason)
-        if beams > 1 and self.samples:
-            other = self._show((sampling or ["do_sample" if self.do_sample else "temperature"])[0])
-            raise _contradiction(f"num_beams={beams}", other, "beam search does not sample; leave one of them out")
-        if beams == 1 and (useless := self._in_use(_BEAMS)):
-            reason = "it works with beam search only; set num_beams"
-            raise _contradiction(self._show(useless[0]), "num_beams=1", reason)
-        self._check_counts(beams)
-        structures = self._in_use(_STRUCTURED)
-        if len(structures) > 1:
-            raise _contradiction(structures[0], structures[1], "a reply follows one structure; give one of them")
-        if structures and beams > 1:
-            raise _contradiction(structures[0], f"num_beams={beams}", "structured replies are sampled or greedy")
-        if self.num_assistant_tokens is not None and self.assistant_confidence_threshold is not None:
-            raise _contradiction(*_ASSISTED, "give the number of candidates or their confidence")
-        if self.max_ngram_size is not None and self.num_assistant_tokens is None:
-            raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
-
-    def _check_counts(self, beams: int) -> None:
-        """Check for contradictions between numbers of tokens, beams and sequences."""
-        if self.max_new_tokens is not None and self.max_length is not None:
-            raise _contradiction(self._show("max_new_tokens"), self._show("max_length"), "give one of them")
-        if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
-            reason = "the minimum is above the maximum"
-            raise _contradiction(self._show("min_new_tokens"), self._show("max_new_tokens"), reason)
-        groups, sequences = self.num_beam_groups or 1, self.num_return_sequences or 1
-        if beams % groups:
-            raise _contradiction(f"num_beams={beams}", f"num_beam_groups={groups}", "the groups must divide the beams")
-        if self._in_use(["diversity_penalty"]) and groups == 1:
-            raise _contradiction(self._show("diversity_penalty"), "num_beam_groups=1", "it works between groups")
-        if sequences > 1 and beams == 1 and self.samples is False:
-            raise _contradiction(f"num_return_sequences={sequences}", "greedy", "greedy replies are all the same")
-        if beams > 1 and sequences > beams:
-            raise _contradiction(
-                f"num_return_sequences={sequences}", f"num_beams={beams}", "there are not that many beams"
-            )
-
-    def _show(self, name: str) -> str:
+    def show(self, name: str) -> str:
+        """An option as "name=value", for messages."""
         return f"{name}={getattr(self, name)!r}"
 
 
@@ -388,11 +344,9 @@ def check_names(options: Iterable[str]) -> None:
     """
     known = GenerationConfig.__dataclass_fields__
     for name in options:
+        if name in OTHER_CALLS:
+            raise ConfigError(f"{name!r} is not an option of a reply: {OTHER_CALLS[name]}")
         if name not in known:
             alias = ALIASES.get(name)
             hint = f" It is called {alias!r} here." if alias else did_you_mean(name, known)
             raise ConfigError(f"Unknown option {name!r}.{hint} All options: {', '.join(known)}.")
-
-
-def _contradiction(option: str, other: str, reason: str) -> ConfigError:
-    return ConfigError(f"{option} contradicts {other}: {reason}.")

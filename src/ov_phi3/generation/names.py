@@ -18,6 +18,7 @@ __all__ = [
     "OPENAI",
     "OPENAI_IGNORED",
     "OPENAI_NO_EFFECT",
+    "OTHER_CALLS",
 ]
 
 GENAI = {
@@ -178,3 +179,16 @@ ALIASES = {
     **{name: ours for name, ours in GENAI.items() if name != ours},
 }
 """Name of an option in another vocabulary -> our name, where they differ; for error messages."""
+
+_STREAM = "use stream() instead of generate(): `for chunk in pipe.stream(prompt): print(chunk.text)`."
+OTHER_CALLS = {
+    **dict.fromkeys(("streamer", "callback", "stream", "stream_options"), _STREAM),
+    **dict.fromkeys(("prompts", "inputs", "messages", "input_ids"), "it is the first argument, the prompt."),
+    "apply_chat_template": "a string and messages go through the chat template; Raw text and token ids do not.",
+    "add_generation_prompt": "it is always added; continue_final_message=True continues the last message instead.",
+    "system": "give a message with the role 'system', or use chat(system=...).",
+    "logits_processor": "it is called 'logits_processors'.",
+    "stopping_criteria": "give stop=, stop_token_ids= or timeout=, or leave the loop over stream().",
+    "device": "load() chooses the device.",
+}
+"""Arguments of generation calls elsewhere that are no options here -> what to do."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ov_phi3.generation.config import GenerationConfig
@@ -27,15 +29,43 @@ class TokenLogprob:
         logprob: its log-probability.
         top: the most likely tokens at its position and their log-probabilities, in descending order; `top_logprobs` of
             them.
+        bytes: the bytes that the token adds to a text; of a special token its name.
+        top_bytes: those of the tokens in `top`.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    bytes: builtins.bytes = b""
+    top_bytes: tuple[builtins.bytes, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """`bytes` as text; an incomplete character is U+FFFD."""
+        return self.bytes.decode("utf-8", "replace")
+
+    @property
+    def candidates(self) -> tuple[TokenLogprob, ...]:
+        """The tokens of `top`, each with its text and bytes."""
+        several = zip(self.top, self.top_bytes or (b"",) * len(self.top), strict=True)
+        return tuple(TokenLogprob(token_id, logprob, bytes=data) for (token_id, logprob), data in several)
+
+    def with_bytes(self, token_bytes: Callable[[int], builtins.bytes]) -> TokenLogprob:
+        """The same with the bytes of its tokens, which `token_bytes` returns."""
+        top_bytes = tuple(token_bytes(token_id) for token_id, _ in self.top)
+        return replace(self, bytes=token_bytes(self.token_id), top_bytes=top_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values."""
-        return {"token_id": self.token_id, "logprob": self.logprob, "top": [list(pair) for pair in self.top]}
+        """Everything as JSON-ready values: bytes as lists of numbers, as in OpenAI's API."""
+        return {
+            "token_id": self.token_id,
+            "logprob": self.logprob,
+            "text": self.text,
+            "bytes": list(self.bytes),
+            "top": [list(pair) for pair in self.top],
+            "top_text": [candidate.text for candidate in self.candidates],
+            "top_bytes": [list(data) for data in self.top_bytes],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,8 @@ def token_ids(value: object) -> tuple[int, ...] | None:
     """
     if value is None:
         return None
+    if hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
+        value = list(value)  # type: ignore[call-overload]
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise TypeError(f"stop_token_ids must be a list of token ids, not {value!r}")
     return tuple(dict.fromkeys(whole_number("stop_token_ids", i, least=0, most=_INT64_MAX) for i in value))

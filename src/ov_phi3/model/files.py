@@ -34,6 +34,7 @@ REQUIRED_FILES = (
 UNFINISHED = "ov_phi3.unfinished"
 """Name of the file that marks the directory of an export which has not finished."""
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -56,8 +57,12 @@ def has_weights(names: Mapping[str, int]) -> bool:
     return any(name.endswith(_WEIGHTS) or re.fullmatch(r"pytorch_model.*\.bin", name) for name in names)
 
 
-def check_directory(directory: Path) -> dict[str, int]:
+def check_directory(directory: Path, given: str) -> dict[str, int]:
     """The files of a directory that exists and is not empty, with their sizes in bytes.
+
+    Args:
+        directory: the directory.
+        given: its path as the caller wrote it.
 
     Raises:
         ModelError: the directory is missing, a file, empty or unreadable, or an export into it has not finished.
@@ -66,6 +71,12 @@ def check_directory(directory: Path) -> dict[str, int]:
         exists, is_directory = directory.exists(), directory.is_dir()
     except (OSError, ValueError) as error:
         raise ModelError(f"{str(directory)!r} cannot be read as a path: {error}.") from error
+    if not exists and _HUB_NAME.fullmatch(given) and not directory.parent.exists():
+        raise ModelError(
+            f"{directory} does not exist, and {given!r} looks like a name on the Hugging Face hub. load() takes the "
+            f"directory of an exported model: ov_phi3.export({given!r}, DIRECTORY) or `ov-phi3 export {given} "
+            "DIRECTORY` makes one. A model that is in OpenVINO's format already only has to be downloaded."
+        )
     if not exists:
         raise ModelError(f"{directory} does not exist; expected a directory made by `ov-phi3 export`.")
     if not is_directory:

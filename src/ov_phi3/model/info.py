@@ -196,7 +196,7 @@ class _Files(NamedTuple):
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> _Files:
         directory = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 - resolve() would follow symlinks
-        names = check_directory(directory)
+        names = check_directory(directory, os.fsdecode(path))
         # Read first: for another architecture, its name is a better message than a list of missing files.
         config = Phi3Config.read(directory / "config.json") if names.get("config.json") else None
         check_files(directory, names)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-__all__ = ["StopMatcher"]
+if TYPE_CHECKING:
+    from ov_phi3.text.stream_decoder import StreamDecoder
+
+__all__ = ["StopMatcher", "StopWatch"]
 
 
 class StopMatcher:
@@ -58,6 +62,19 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
+    def end(self, rest: str, control: str | None = None) -> str:
+        """Take the rest of the text at the end of the reply; return what can be shown of it.
+
+        Args:
+            rest: the last characters.
+            control: the stop string that is the control token which ended the reply, and has no text of its own.
+        """
+        shown = self.add(rest) + self.flush()
+        if control is not None and self.matched is None:
+            self.matched = control
+            shown += control if self._include else ""
+        return shown
+
     def _partial_match(self, text: str) -> int:
         """Length in characters of the longest end of `text` that is the start of a stop string."""
         for length in range(min(self._max_length - 1, len(text)), 0, -1):
@@ -65,3 +82,25 @@ class StopMatcher:
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
+
+
+class StopWatch:
+    """Tells a backend that runs several sequences at once which of them a stop string has ended.
+
+    Args:
+        decoder: decodes the reply.
+        matcher: finds its stop strings.
+    """
+
+    def __init__(self, decoder: StreamDecoder, matcher: StopMatcher) -> None:
+        self._decoder = decoder
+        self._matcher = matcher
+
+    def add(self, token_id: int) -> bool:
+        """Take the next token; returns whether a stop string is complete."""
+        self._matcher.add(self._decoder.add((token_id,)))
+        return self._matcher.matched is not None
+
+    def fork(self) -> StopWatch:
+        """A watch that continues from here by itself."""
+        return StopWatch(self._decoder.fork(), self._matcher.fork())

@@ -290,6 +290,10 @@ class Tokenizer:
         """Ids that are left out of decoded text."""
         return self._bytes.skipped
 
+    def control_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """The texts that are exactly the name of a control token, by its id."""
+        return {self.control_tokens[text]: text for text in texts if text in self.control_tokens}
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds inside a text; b"" for ids that only pad the vocabulary."""
         return self._bytes.token_bytes(token_id)

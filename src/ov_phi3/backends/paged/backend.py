@@ -126,17 +126,11 @@ class PagedBackend:
         return self._runner.kv_layout
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Speculation; with beams, what changes logits; a structure that cannot be compiled."""
+        """Speculation; a structure that cannot be compiled."""
         for name, what in _UNSUPPORTED.items():
             value = getattr(config, name)
             if value is not None:
                 return f"{what} ({name}) is not in backend='infer_request'; load with backend='llm_pipeline' for it."
-        if (config.num_beams or 1) > 1 and (options := config.logit_options):
-            return (
-                f"{options[0]} contradicts num_beams={config.num_beams}: beams are compared by the model's own scores."
-            )
-        if config.is_multi_sequence and config.top_logprobs is not None:
-            return "top_logprobs is for one reply; num_return_sequences gives each reply's score."
         try:
             self._constraints.start(config)
         except ConfigError as exc:

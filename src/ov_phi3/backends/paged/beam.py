@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ov_phi3.backends.paged.sequence import Sequence
     from ov_phi3.backends.protocol import Request
     from ov_phi3.generation.config import GenerationConfig
+    from ov_phi3.text.stop_strings import StopWatch
 
 __all__ = ["BeamGroup"]
 
@@ -34,12 +35,20 @@ class _Beam:
 
     sequence: Sequence
     score: float
+    watch: StopWatch | None
     token: int = -1
 
     @property
     def length(self) -> int:
         """Generated tokens of the sequence, without the continuation."""
         return len(self.sequence) - self.sequence.num_prompt
+
+    def completes_stop_string(self) -> bool:
+        """Whether the continuation completes a stop string; its watch then continues behind it."""
+        if self.watch is None:
+            return False
+        self.watch = self.watch.fork()
+        return self.watch.add(self.token)
 
 
 @dataclass(slots=True)
@@ -58,14 +67,15 @@ class _BeamSet:
         config: fully resolved.
         prompt: the sequence that they start from.
         size: number of beams.
+        watch: finds stop strings, if there are any.
     """
 
-    def __init__(self, config: GenerationConfig, prompt: Sequence, size: int) -> None:
+    def __init__(self, config: GenerationConfig, prompt: Sequence, size: int, watch: StopWatch | None) -> None:
         self._config = config
         self._size = size
         self._penalty = config.length_penalty if config.length_penalty is not None else 1.0
         # Only the first beam counts in the first step, where all of them have the same continuations.
-        self.ongoing = [_Beam(prompt, 0.0 if index == 0 else -np.inf) for index in range(size)]
+        self.ongoing = [_Beam(prompt, 0.0 if index == 0 else -np.inf, watch) for index in range(size)]
         self.finished: list[_Finished] = []
         self.done = False
 
@@ -80,14 +90,14 @@ class _BeamSet:
         for beam in self.ongoing:
             values = logprobs[id(beam.sequence)]
             best = _largest(values, 2 * self._size)
-            candidates += [_Beam(beam.sequence, beam.score + float(values[token]), token) for token in best]
+            candidates += [_Beam(beam.sequence, beam.score + float(values[token]), beam.watch, token) for token in best]
         candidates.sort(key=lambda candidate: -candidate.score)
         chosen: list[_Beam] = []
         for rank, candidate in enumerate(candidates):
-            if candidate.token in stop_ids:
-                if rank < self._size:  # a stop token counts only among the best
+            if candidate.token in stop_ids or candidate.completes_stop_string():
+                if rank < self._size:  # an end counts only among the best
                     ids = [*candidate.sequence.generated, candidate.token]
-                    self.finish(_Beam(candidate.sequence, candidate.score), ids, candidate.length + 1, limit=False)
+                    self.finish(candidate, ids, candidate.length + 1, limit=False)
                 continue
             chosen.append(candidate)
             if len(chosen) == self._size:
@@ -130,7 +140,7 @@ class BeamGroup(Group):
         groups = config.num_beam_groups or 1
         size = (config.num_beams or 1) // groups
         self._config = config
-        self._sets = [_BeamSet(config, self.prompt, size) for _ in range(groups)]
+        self._sets = [_BeamSet(config, self.prompt, size, request.stop_watch) for _ in range(groups)]
         self._stop_ids = request.stop_ids
         self._limit = config.max_new_tokens or 0
         self._steps = 0
@@ -190,7 +200,7 @@ class BeamGroup(Group):
             for beam in selected:
                 children[id(beam.sequence)] -= 1
                 sequence = beam.sequence if not children[id(beam.sequence)] else fork(beam.sequence)
-                ongoing.append(_Beam(sequence, beam.score, beam.token))
+                ongoing.append(_Beam(sequence, beam.score, beam.watch, beam.token))
             continued.append((beams, ongoing))
         self.sequences = []
         for beams, ongoing in continued:

@@ -279,6 +279,8 @@ class SampleGroup(Group):
         self._limit = request.config.max_new_tokens or 0
         self._scores: list[float] = [0.0] * count
         self._constraints = [None if constraint is None else constraint.fork() for _ in range(count)]
+        watch = request.stop_watch
+        self._watches = [None if watch is None else watch.fork() for _ in range(count)]
         self._samples: list[Sequence] = []
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
@@ -290,19 +292,30 @@ class SampleGroup(Group):
             self.sequences = list(self._samples)
             rows = [(sample, logits) for sample in self._samples]
         for sequence, logits in rows:
-            index = self._samples.index(sequence)
-            constraint = self._constraints[index]
-            token = self._samplers[index].choose(logits[-1], None if constraint is None else constraint.allowed())
-            logprob = self._samplers[index].logprobs(logits[-1], token)
-            self._scores[index] += 0.0 if logprob is None else logprob.logprob
+            token = self._choose(self._samples.index(sequence), logits[-1])
             sequence.append([token])
-            if constraint is not None:
-                constraint.consume(token)
-            complete = constraint is not None and constraint.ended
-            if complete or token in self._stop_ids or len(sequence) - sequence.num_prompt >= self._limit:
+            if self._has_ended(self._samples.index(sequence), token):
                 self.sequences.remove(sequence)
         if not self.sequences:
             self.finish()
+
+    def _choose(self, index: int, logits: NDArray[np.float32]) -> int:
+        """The next token of a sample, whose log-probability is added to its score."""
+        sampler, constraint = self._samplers[index], self._constraints[index]
+        token = sampler.choose(logits, None if constraint is None else constraint.allowed())
+        logprob = sampler.logprobs(logits, token)
+        self._scores[index] += 0.0 if logprob is None else logprob.logprob
+        return token
+
+    def _has_ended(self, index: int, token: int) -> bool:
+        """Whether a sample ends with this token: by a structure, a stop token, a stop string or the limit."""
+        constraint, watch, sample = self._constraints[index], self._watches[index], self._samples[index]
+        if constraint is not None:
+            constraint.consume(token)
+        stopped = watch is not None and watch.add(token)
+        complete = constraint is not None and constraint.ended
+        at_limit = len(sample) - sample.num_prompt >= self._limit
+        return stopped or complete or token in self._stop_ids or at_limit
 
     def abandon(self) -> None:
         """End the samples with what has come; before their first token they are cancelled."""
