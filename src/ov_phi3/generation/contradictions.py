@@ -8,14 +8,13 @@ the backends cannot do is checked in its `unsupported`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 from ov_phi3.errors import ConfigError
 
-if TYPE_CHECKING:
-    from ov_phi3.generation.config import GenerationConfig
-
 __all__ = ["ASSISTED", "BEAMS", "SAMPLING", "STRUCTURED", "check", "check_resolved", "contradiction"]
+
+_Options: TypeAlias = Any  # a GenerationConfig, whose module imports this one
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Options of sampling."""
@@ -35,7 +34,7 @@ def contradiction(option: str, other: str, reason: str) -> ConfigError:
     return ConfigError(f"{option} contradicts {other}: {reason}.")
 
 
-def check(config: GenerationConfig) -> None:
+def check(config: _Options) -> None:
     """Refuse options that contradict each other, as they were given.
 
     Raises:
@@ -54,7 +53,7 @@ def check(config: GenerationConfig) -> None:
         raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
 
 
-def check_resolved(config: GenerationConfig) -> None:
+def check_resolved(config: _Options) -> None:
     """Refuse options that contradict each other, with every option filled in.
 
     Raises:
@@ -67,8 +66,8 @@ def check_resolved(config: GenerationConfig) -> None:
         raise contradiction(config.show("top_logprobs"), several, "each reply has its score instead; ask for one reply")
     if (config.num_beams or 1) == 1:
         return
-    if options := config.in_use(ASSISTED):
-        raise contradiction(config.show(options[0]), several, "speculative decoding is for one reply at a time")
+    if assisted := config.in_use(ASSISTED):
+        raise contradiction(config.show(assisted[0]), several, "speculative decoding is for one reply at a time")
     if options := config.logit_options:
         raise contradiction(options[0], several, "beams are compared by the model's own scores")
     if (config.num_beam_groups or 1) > 1 and not config.diversity_penalty:
@@ -76,7 +75,7 @@ def check_resolved(config: GenerationConfig) -> None:
         raise contradiction(config.show("num_beam_groups"), config.show("diversity_penalty"), reason)
 
 
-def _check_sampling(config: GenerationConfig) -> None:
+def _check_sampling(config: _Options) -> None:
     """Check sampling against greedy decoding and beam search."""
     beams, sampling = config.num_beams or 1, config.in_use(SAMPLING)
     if config.do_sample and config.temperature == 0:
@@ -92,7 +91,7 @@ def _check_sampling(config: GenerationConfig) -> None:
         raise contradiction(config.show(useless[0]), "num_beams=1", reason)
 
 
-def _check_counts(config: GenerationConfig) -> None:
+def _check_counts(config: _Options) -> None:
     """Check numbers of tokens, beams and sequences."""
     if config.max_new_tokens is not None and config.max_length is not None:
         raise contradiction(config.show("max_new_tokens"), config.show("max_length"), "give one of them")
