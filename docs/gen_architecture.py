@@ -14,7 +14,7 @@ PICTURE = Path(__file__).with_name("architecture.svg")
 PACKAGE = Path(__file__).parent.parent / "src" / "ov_phi3"
 
 # From the top. A package imports only packages below it.
-LAYERS = ("cli", "bench", "root", "exporting", "engine", "backends")
+LAYERS = ("cli", "serving", "bench", "root", "exporting", "engine", "backends")
 LAYERS += ("kv", "generation", "text", "model", "system", "ground")
 GROUND = ("errors", "checks", "files", "_version")
 NOT_LISTED = ("__init__", "__main__", "_version")

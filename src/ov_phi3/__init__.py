@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.prefix_index import PrefixCache
     from ov_phi3.load_report import LoadReport, ModelWarning
     from ov_phi3.loading import load
+    from ov_phi3.many import ReplyBatch
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
@@ -76,6 +77,7 @@ _HOMES = {
     "kv.prefix_index": ("PrefixCache",),
     "load_report": ("LoadReport", "ModelWarning"),
     "loading": ("load",),
+    "many": ("ReplyBatch",),
     "system.machine": ("Machine",),
     "bench.measuring": ("measure",),
     "bench.prompts": ("random_prompt",),
@@ -126,6 +128,7 @@ __all__ = [
     "PrefixCache",
     "PromptError",
     "Raw",
+    "ReplyBatch",
     "Report",
     "Request",
     "Roofline",

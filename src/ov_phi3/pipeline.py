@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ov_phi3.errors import PromptError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.results import GenerationResult, Score
 from ov_phi3.loaded_model import LoadedModel
+from ov_phi3.many import REQUEST_OPTIONS, OnProgress, ReplyBatch, Row
 from ov_phi3.prefix import Prefix, encode_after, load_prefix, prefill
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 
@@ -121,6 +122,56 @@ class Pipeline:
         """Stream a reply; generation starts at once. Arguments and errors are those of `generate`."""
         how = (prefix, on_prefill, timeout, continue_final_message)
         return self._submit(prompt, config, options, *how, streamed=True)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Row],
+        config: GenerationConfig | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> ReplyBatch:
+        """Generate the replies to many prompts, `concurrency` at once.
+
+        Iterate over the batch for (index, outcome) pairs as they finish, or call its `results` for a list in order. An
+        outcome is a `GenerationResult`, or the `Error` of that row: one row never ends the others.
+
+        Prompts with a common beginning (256 characters, or 64 token ids) run one after another, and the first one's
+        prefill ends before the others start, so that they find it in the prefix cache.
+
+        Args:
+            prompts: any iterable. A row is a prompt as for `generate`; a pair of a prompt and a dict of its options; or
+                a dict with "prompt" or "messages", and options. A row's options override those of the call, and can
+                also be `prefix`, `timeout` (counted from when the row joins the queue) and `continue_final_message`.
+            config: how to generate; `options` override it.
+            on_progress: called with the number of finished rows and the number of all rows (None for an iterable
+                without a length), in the thread that iterates. An exception from it cancels the rest and is raised.
+            **options: as for a row. With `seed`, each row has the seed that `row_seed` makes of it and the row's index,
+                so that neither the order nor `concurrency` matters; a row's own seed is used as it is. As for
+                `generate`, a request with a seed takes nothing from the prefix cache.
+
+        Raises:
+            ConfigError: an option of the call is unknown, or contradicts another.
+            TypeError: `prompts` is one text, or one conversation.
+            ClosedError: the pipeline was closed.
+        """
+        self.engine.check_open()
+        if isinstance(prompts, (str, bytes, Mapping)):
+            raise TypeError(f"prompts must be a list of prompts, not one {type(prompts).__name__}: [prompt]")
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be a function of two numbers, not {on_progress!r}")
+        request = {name: options.pop(name) for name in REQUEST_OPTIONS if name in options}
+
+        def start(
+            prompt: Prompt, config: GenerationConfig, on_prefill: OnPrefill | None, request: Mapping[str, Any]
+        ) -> TokenStream:
+            how = (request.get("prefix"), on_prefill, request.get("timeout"))
+            continues = request.get("continue_final_message", False)
+            return self._submit(prompt, config, {}, *how, continues, streamed=False)
+
+        config = GenerationConfig.of(config, options)
+        width = 2 * self.concurrency  # the next rows are encoded and queued while these run
+        return ReplyBatch(prompts, config, request, start=start, width=width, on_progress=on_progress)
 
     def _submit(
         self,

@@ -35,6 +35,7 @@ from ov_phi3.generation import config as generation_config
 MODEL = "model/phi3-instruct/int4"
 NOT_RUN = {
     "docs/cookbook.md": ["the cookbook's program needs torch, transformers and optimum-intel at run time"],
+    "docs/serving.md": ["needs a running server; tests/serving/test_openai_client.py runs this client against one"],
 }
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 

@@ -16,7 +16,7 @@ __all__ = ["build_parser", "main"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ov-phi3`, with a subparser per command."""
-    from ov_phi3.cli import cache, reply, tools
+    from ov_phi3.cli import cache, reply, serve, tools
 
     parser = argparse.ArgumentParser(
         prog="ov-phi3",
@@ -34,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     tools.add_export(commands)
     reply.add_generate(commands)
     reply.add_chat(commands)
+    serve.add_batch(commands)
+    serve.add_serve(commands)
     cache.add_cache(commands)
     tools.add_bench(commands)
     tools.add_devices(commands)

@@ -154,6 +154,7 @@ def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
             context_length=args.context_length,
             kv_cache_gb=args.kv_cache_gb,
             prefill_chunk=args.prefill_chunk,
+            concurrency=getattr(args, "concurrency", 1),
         )
     note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     for warning in caught:
