@@ -105,7 +105,7 @@ def load(
     request = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
     opened = _open(spec, request, template)
     try:
-        engine = _engine(request, opened, defaults, prefill_chunk)
+        engine = _engine(request, opened, _supported_defaults(defaults, opened.model.backend, ignored), prefill_chunk)
         report = _report(request, opened, [*info.warnings, *ignored], template, began)
         for warning in report.warnings:
             warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=2)
@@ -301,6 +301,15 @@ def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
         return GenerationConfig(**from_hf(info.generation_defaults, dropped=ignored)), ignored
     except (ConfigError, TypeError) as exc:
         raise ModelError(f"{info.path / 'generation_config.json'}: {exc} Correct the file or export again.") from exc
+
+
+def _supported_defaults(defaults: GenerationConfig, backend: Backend, ignored: list[str]) -> GenerationConfig:
+    """The model's own options without those that this backend lacks; `ignored` gets a warning for each of these."""
+    for option in defaults.infer_request_options:
+        if backend.unsupported(defaults):
+            defaults = defaults.replace(**{option.partition("=")[0]: None})
+            ignored.append(f"{option} of generation_config.json needs backend='infer_request' and is left out.")
+    return defaults
 
 
 _PROBES: tuple[list[Message], ...] = (

@@ -144,6 +144,7 @@ class TestResolve:
             "max_length",
             "seed",
             "top_logprobs",
+            "stop_on_loop",
             "json_schema",
             "regex",
             "grammar",

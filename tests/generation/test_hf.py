@@ -36,7 +36,7 @@ def test_sampling_options_need_do_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"typical_p": 0.5}, {"bad_words_ids": [[1]]}, {"temprature": 1.0}, {"temperature": 0.7}]
+    "bad", [{"typical_p": 0.5}, {"sequence_bias": {"1": 2.0}}, {"temprature": 1.0}, {"temperature": 0.7}]
 )
 def test_keys_that_cannot_be_obeyed_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
@@ -49,3 +49,15 @@ def test_broken_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="generation_config.json"):
         GenerationConfig.from_hf(path)
+
+
+def test_excluded_tokens() -> None:
+    config = GenerationConfig.from_hf({"bad_words_ids": [[1, 2], [3]], "suppress_tokens": [4, 5]})
+    assert config.bad_words == ((1, 2), (3,), (4,), (5,))
+    assert GenerationConfig.from_hf({"bad_words_ids": [], "suppress_tokens": None}).infer_request_options == ()
+    with pytest.raises(TypeError, match="suppress_tokens"):
+        GenerationConfig.from_hf({"suppress_tokens": 4})
+
+
+def test_sampling_by_typicality() -> None:
+    assert GenerationConfig.from_hf({"do_sample": True, "typical_p": 0.5}).typical_p == 0.5

@@ -28,10 +28,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.9},
     "top_k": {"top_k": 5},
     "min_p": {"min_p": 0.1},
+    "typical_p": {"typical_p": 0.9},
+    "top_n_sigma": {"top_n_sigma": 2.0},
+    "xtc_probability": {"xtc_probability": 0.5},
+    "xtc_threshold": {"xtc_probability": 0.5, "xtc_threshold": 0.2},
     "seed": {"seed": 3},
     "repetition_penalty": {"repetition_penalty": 1.1},
     "presence_penalty": {"presence_penalty": 0.5},
     "frequency_penalty": {"frequency_penalty": 0.5},
+    "dry_multiplier": {"dry_multiplier": 0.8},
+    "dry_base": {"dry_multiplier": 0.8, "dry_base": 2.0},
+    "dry_allowed_length": {"dry_multiplier": 0.8, "dry_allowed_length": 3},
+    "dry_penalty_last_n": {"dry_multiplier": 0.8, "dry_penalty_last_n": 64},
+    "dry_sequence_breakers": {"dry_multiplier": 0.8, "dry_sequence_breakers": ["."]},
     "num_return_sequences": {"num_return_sequences": 2},
     "num_beams": _BEAMS,
     "num_beam_groups": {**_BEAMS, "num_beam_groups": 2, "diversity_penalty": 0.5},
@@ -39,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "length_penalty": {**_BEAMS, "length_penalty": 0.5},
     "no_repeat_ngram_size": {**_BEAMS, "no_repeat_ngram_size": 2},
     "stop_criteria": {**_BEAMS, "stop_criteria": "early"},
+    "bad_words": {"bad_words": ["a bad word"]},
+    "stop_on_loop": {"stop_on_loop": (4, 4)},
     "json_schema": {"json_schema": {"enum": ["a"]}},
     "regex": {"regex": "[ab]c"},
     "grammar": {"grammar": 'root ::= "ab"'},
@@ -51,7 +62,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Option, or option=value -> valid options that include it."""
 
-_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p")
+_OWN_SAMPLING = ("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold")
+_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", *_OWN_SAMPLING)
+_DRY = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers")
 _GREEDY = ("do_sample=False", "temperature=0")
 _BEAM = (
     "num_beams",
@@ -61,7 +74,10 @@ _BEAM = (
     "no_repeat_ngram_size",
     "stop_criteria",
 )
-_LOGITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logits_processors")
+_LOGITS = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logits_processors", "bad_words"),
+    *_DRY,
+)
 _STRUCTURED = ("json_schema", "regex", "grammar")
 ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram_size")
 """Options of speculative decoding."""
@@ -69,11 +85,15 @@ ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold", "max_ngram
 _CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]] = [
     (("max_new_tokens",), ("max_length",), ("max_new_tokens", "max_length")),
     (("do_sample",), ("temperature=0",), ("do_sample", "temperature")),
-    (_SAMPLING, _BEAM, ("", "num_beams")),
-    (_GREEDY, ("top_p", "top_k", "min_p"), ("", "")),
+    (tuple(name for name in _SAMPLING if name != "xtc_threshold"), _BEAM, ("", "num_beams")),
+    (("xtc_threshold",), _BEAM, ("xtc_probability", "num_beams")),
+    (_GREEDY, ("top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability"), ("", "")),
+    (_GREEDY, ("xtc_threshold",), ("", "xtc_probability")),
+    (("stop_on_loop",), _BEAM, ("stop_on_loop", "num_beams")),
     (("do_sample=False",), ("temperature",), ("do_sample", "temperature")),
     (_GREEDY, ("num_return_sequences",), ("greedy", "num_return_sequences")),
-    (_LOGITS, _BEAM, ("", "num_beams")),
+    (tuple(name for name in _LOGITS if name not in _DRY), _BEAM, ("", "num_beams")),
+    (_DRY, _BEAM, ("dry_multiplier", "num_beams")),
     (_STRUCTURED, _STRUCTURED, ("", "")),
     (_STRUCTURED, _BEAM, ("", "num_beams")),
     (("top_logprobs",), _BEAM, ("top_logprobs", "num_beams")),
@@ -83,15 +103,23 @@ _CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]] 
 ]
 """Options on one side, options on the other, and the names in the error: "" is the option itself."""
 
+_OWN = (
+    *("logit_bias", "logits_processors", "top_logprobs", "bad_words", "stop_on_loop"),
+    *("typical_p", "top_n_sigma", "xtc_probability"),
+)
+_PARTS_OF = (("xtc_threshold",), "xtc_probability"), (_DRY, "dry_multiplier")
+
 _REFUSALS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]]] = {
     "llm_pipeline": [
-        (("logit_bias", "logits_processors", "top_logprobs"), (), ("", "infer_request")),
+        (_OWN, (), ("", "infer_request")),
+        *((parts, (), (main, "infer_request")) for parts, main in _PARTS_OF),
         (("stop",), (*_BEAM, "num_return_sequences"), ("stop", "infer_request")),
         (_STRUCTURED, ("num_return_sequences", "ignore_eos"), ("", "llm_pipeline")),
         (ASSISTED, (), ("assistant", "prompt_lookup")),
     ],
     "prompt_lookup": [
-        (("logit_bias", "logits_processors", "top_logprobs"), (), ("", "infer_request")),
+        (_OWN, (), ("", "infer_request")),
+        *((parts, (), (main, "infer_request")) for parts, main in _PARTS_OF),
         (("stop",), (*_BEAM, "num_return_sequences"), ("stop", "infer_request")),
         (_STRUCTURED, ("num_return_sequences", "ignore_eos"), ("", "llm_pipeline")),
         (("assistant_confidence_threshold",), (), ("", "prompt_lookup")),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ov_phi3.backends.words import TokenTexts
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.generation.results import TokenLogprob
     from ov_phi3.kv.entry import KVEntry
@@ -103,6 +104,7 @@ class Request:
             backends that schedule their own prefill.
         stop_watch: finds the stop strings of a reply; each of several sequences forks it. None without stop strings. A
             streamed reply is stopped by its sink.
+        texts: the vocabulary, for options that depend on what tokens say; the backend adds it.
     """
 
     ids: NDArray[np.int64]
@@ -114,6 +116,7 @@ class Request:
     should_continue: Callable[[], bool] | None = None
     on_progress: Callable[[int, int], bool] | None = None
     stop_watch: StopWatch | None = None
+    texts: TokenTexts | None = None
 
     @property
     def stop_ids(self) -> set[int]:
@@ -133,6 +136,7 @@ class BackendReport:
         recomputed_tokens: tokens computed a second time because the reply crossed the LongRoPE boundary.
         generated: every id that the backend generated, including ids behind a stop that were not delivered; None if
             the backend does not report them, or computed other ids as well.
+        in_loop: the reply ended by `stop_on_loop`.
     """
 
     hit_limit: bool
@@ -141,6 +145,7 @@ class BackendReport:
     reused_tokens: int | None = None
     recomputed_tokens: int = 0
     generated: Sequence[int] | None = None
+    in_loop: bool = False
 
 
 EngineReport = BackendReport
@@ -155,11 +160,13 @@ class Hypothesis:
         ids: its token ids.
         score: log-probability, normalised by the backend's own rule.
         hit_limit: it ended at its length limit.
+        in_loop: it ended by `stop_on_loop`.
     """
 
     ids: list[int]
     score: float
     hit_limit: bool
+    in_loop: bool = False
 
 
 class Backend(Protocol):

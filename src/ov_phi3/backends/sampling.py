@@ -1,8 +1,10 @@
 """From logits to the next token, in numpy: penalties, biases, processors, filters and the random draw.
 
-The order is GenAI's, so that a config means the same on both backends: repetition penalty, presence and frequency
-penalty; then `logit_bias` and `logits_processors`, which GenAI does not have; then temperature; then the tokens that
-pass all of `top_p`, `min_p` and `top_k`, each applied to the whole distribution.
+The order is GenAI's, so that a config means the same on both backends, with llama.cpp's for what GenAI does not have:
+repetition penalty, presence and frequency penalty, DRY; then `logit_bias` and `logits_processors`; then the tokens that
+may not come are excluded (`no_repeat_ngram_size`, `bad_words`, end tokens before `min_new_tokens`), whatever a
+processor did, and those that a structure does not allow; then temperature; then the filters, in the order of
+`filters.py`.
 
 Log-probabilities are those of the model's own logits, before all of these.
 """
@@ -14,19 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3.backends.filters import exclude_top_choices, filter_candidates, largest, narrow
 from ov_phi3.backends.protocol import CallbackFailed
+from ov_phi3.backends.repetition import DryPenalty, LoopDetector, NgramBans
+from ov_phi3.backends.words import BadWords, Breakers
 from ov_phi3.errors import GenerationError
 from ov_phi3.generation.results import TokenLogprob
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.backends.words import TokenTexts
     from ov_phi3.generation.config import GenerationConfig
 
-__all__ = ["Sampler", "filter_candidates", "log_softmax", "token_logprob"]
-
-# Most likely tokens that top_p looks at first; eight times as many if they do not have enough probability.
-_FIRST_LOOK = 64
+__all__ = ["Sampler", "log_softmax", "token_logprob"]
 
 
 class Sampler:
@@ -38,9 +41,12 @@ class Sampler:
         config: fully resolved.
         ids: the prompt, int64, shape [tokens].
         end_ids: the model's end tokens, which `min_new_tokens` suppresses.
+        texts: the vocabulary, for options that depend on what tokens say.
     """
 
-    def __init__(self, config: GenerationConfig, ids: NDArray[np.int64], end_ids: Sequence[int]) -> None:
+    def __init__(
+        self, config: GenerationConfig, ids: NDArray[np.int64], end_ids: Sequence[int], texts: TokenTexts | None = None
+    ) -> None:
         self._config = config
         self._prompt = ids
         self._reply: list[int] = []
@@ -55,7 +61,25 @@ class Sampler:
             sorted({*(config.stop_token_ids or ()), *(() if config.ignore_eos else end_ids)}), dtype=np.int64
         )
         self._generator = np.random.Generator(np.random.PCG64(config.seed or 0))
-        self._modifies_logits = bool(self._seen is not None or self._counted or bias or config.logits_processors)
+        self._dry = _dry(config, ids, texts)
+        self._penalized: list[int] = []
+        size = config.no_repeat_ngram_size or 0
+        self._bans: list[NgramBans | BadWords] = [NgramBans(size, ids.tolist())] if size else []
+        if config.bad_words:
+            self._bans.append(BadWords(config.bad_words, ids.tolist(), _required(texts)))
+        self._loop: LoopDetector | None = None
+        if config.stop_on_loop is not None:
+            window, repeats = config.stop_on_loop
+            self._loop = LoopDetector(window, repeats, config.max_new_tokens or 0)
+        self._modifies_logits = bool(
+            self._seen is not None or self._counted or self._dry or bias or config.logits_processors
+        )
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether the reply ends by `stop_on_loop`, which waits for `min_new_tokens`."""
+        least = self._config.min_new_tokens or 0
+        return self._loop is not None and self._loop.found and len(self._reply) >= least
 
     def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
         """The next token.
@@ -71,12 +95,14 @@ class Sampler:
         config = self._config
         suppressed = len(self._reply) < (config.min_new_tokens or 0) and len(self._ends) > 0
         scores = logits
-        if self._modifies_logits or suppressed:
+        if self._modifies_logits or suppressed or self._bans:
             scores = self._processed(np.array(logits, dtype=np.float32))
             if suppressed:
                 scores[self._ends] = -np.inf
+            for bans in self._bans:
+                scores[bans.banned()] = -np.inf
         if allowed is not None:
-            scores = _restrict(scores, logits, allowed)
+            scores = self._restrict(scores, logits, allowed)
         token = int(scores.argmax())
         self._check_highest(scores[token])
         if config.do_sample:
@@ -96,9 +122,22 @@ class Sampler:
             )
         else:
             return
-        raise GenerationError(
-            f"{problem}. Look at logits_processors and logit_bias; without them, the model itself gives such logits."
-        )
+        options = ", ".join(option.split("=")[0] for option in self._config.logit_options)
+        cause = f"Look at {options}." if options else "The model itself gives such logits."
+        raise GenerationError(f"{problem}. {cause}")
+
+    def _restrict(
+        self, scores: NDArray[np.float32], logits: NDArray[np.float32], allowed: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """The scores of the allowed tokens; if other options exclude all of them, the structure has precedence."""
+        restricted = np.where(allowed, scores, np.float32(-np.inf))
+        if not np.isneginf(restricted).all():
+            return restricted
+        if self._config.bad_words:
+            raise GenerationError(
+                f"{self._config.structure} allows only tokens here that bad_words excludes. Change one of them."
+            )
+        return np.where(allowed, logits, np.float32(-np.inf))
 
     def logprobs(self, logits: NDArray[np.float32], token: int) -> TokenLogprob | None:
         """Log-probability of a token and of the most likely ones; None if not requested."""
@@ -113,6 +152,9 @@ class Sampler:
                 self._seen = np.insert(self._seen, at, token)
         if self._counted:
             self._counts[token] = self._counts.get(token, 0) + 1
+        for listener in (self._dry, self._loop, *self._bans):
+            if listener is not None:
+                listener.note(token)
 
     def _processed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         config = self._config
@@ -127,6 +169,8 @@ class Sampler:
             scores[ids] -= (
                 np.float32(config.presence_penalty or 0.0) + np.float32(config.frequency_penalty or 0) * times
             )
+        if self._dry is not None:
+            self._penalized = self._dry.apply(scores)
         if len(self._bias[0]):
             scores[self._bias[0]] += self._bias[1]
         for processor in config.logits_processors or ():
@@ -152,72 +196,49 @@ class Sampler:
     def _draw(self, scores: NDArray[np.float32]) -> int:
         """Draw a token from the filtered distribution, by inverting its cumulative sum."""
         config = self._config
-        ids, weights = filter_candidates(
+        temperature, top_k = config.temperature or 1.0, config.top_k or 0
+        scores = narrow(
             scores,
-            temperature=config.temperature or 1.0,
-            top_p=config.top_p or 1.0,
-            top_k=config.top_k or 0,
-            min_p=config.min_p or 0.0,
+            temperature=temperature,
+            top_n_sigma=config.top_n_sigma or 0.0,
+            top_k=top_k,
+            typical_p=config.typical_p or 1.0,
+            penalized=self._penalized,
         )
+        ids, weights = filter_candidates(
+            scores, temperature=temperature, top_p=config.top_p or 1.0, top_k=top_k, min_p=config.min_p or 0.0
+        )
+        if config.xtc_probability and self._generator.random() < config.xtc_probability:
+            weights = exclude_top_choices(weights, config.xtc_threshold or 0.0)
         sums = np.cumsum(weights)
         index = int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right"))
         index = min(index, len(sums) - 1)
         return index if ids is None else int(ids[index])
 
 
-def _restrict(
-    scores: NDArray[np.float32], logits: NDArray[np.float32], allowed: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    """The scores of the allowed tokens; if other options rule all of them out, the structure goes first."""
-    restricted = np.where(allowed, scores, np.float32(-np.inf))
-    if np.isneginf(restricted).all():
-        restricted = np.where(allowed, logits, np.float32(-np.inf))
-    return restricted
+def _dry(config: GenerationConfig, ids: NDArray[np.int64], texts: TokenTexts | None) -> DryPenalty | None:
+    if not config.dry_multiplier:
+        return None
+    return DryPenalty(
+        config.dry_multiplier,
+        config.dry_base or 1.0,
+        config.dry_allowed_length or 1,
+        -1 if config.dry_penalty_last_n is None else config.dry_penalty_last_n,
+        ids.tolist(),
+        Breakers(config.dry_sequence_breakers or (), _required(texts)),
+    )
 
 
-def filter_candidates(
-    scores: NDArray[np.float32],
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-) -> tuple[NDArray[np.int64] | None, NDArray[np.float64]]:
-    """The tokens that sampling chooses from, and their weights.
-
-    Args:
-        scores: logits, float32, shape [vocabulary].
-        temperature: the logits are divided by it.
-        top_p: keep the fewest of the most likely tokens that together have this probability.
-        top_k: keep this many of the most likely tokens; 0 keeps all.
-        min_p: keep tokens with at least this fraction of the most likely token's probability.
-
-    Returns:
-        Token ids, most likely first, shape [candidates], or None for the whole vocabulary in its order; and their
-        weights, float64, not normalised.
-    """
-    weights = np.exp((scores - scores.max()).astype(np.float64) / temperature)
-    vocabulary = len(weights)
-    limit = top_k if 0 < top_k < vocabulary else vocabulary
-    if limit == vocabulary and top_p >= 1.0 and min_p <= 0.0:
-        return None, weights
-    required = top_p * weights.sum() if top_p < 1.0 else np.inf
-    look = min(limit if top_p >= 1.0 and min_p <= 0.0 else min(limit, _FIRST_LOOK), vocabulary)
-    while True:
-        ids = _most_likely(weights, look)
-        candidates = weights[ids]
-        # Fewest tokens that reach top_p: all before which the sum is still below it. At least one.
-        count = 1 + int(np.count_nonzero(np.cumsum(candidates)[:-1] < required))
-        count = min(count, int(np.count_nonzero(candidates >= min_p * candidates[0])))
-        if count < look or look >= limit:
-            return ids[:count], candidates[:count]
-        look = min(limit, look * 8)
+def _required(texts: TokenTexts | None) -> TokenTexts:
+    if texts is None:
+        raise TypeError("bad_words and DRY need the texts of the tokens")
+    return texts
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
     """The log-probability of a token, and of the `count` most likely ones."""
     logprobs = log_softmax(logits)
-    best = _most_likely(logprobs, count) if count else ()
+    best = largest(logprobs, count) if count else ()
     return TokenLogprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best))
 
 
@@ -225,15 +246,6 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Log-probabilities of logits, shape [..., vocabulary]."""
     shifted = (logits - logits.max(axis=-1, keepdims=True)).astype(np.float64)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def _most_likely(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Indices of the largest values, largest first; of equal ones the lower index."""
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    least = np.partition(values, len(values) - count)[len(values) - count]
-    candidates = np.flatnonzero(values >= least)
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 def _named(value: object) -> str:

@@ -24,10 +24,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         text = help_texts.get(name, "").rstrip(".;").replace("%", "%%")
         if name in BOOLEANS:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif name == "stop":
+        elif name in ("stop", "bad_words", "dry_sequence_breakers"):
             group.add_argument(flag, action="append", metavar="TEXT", help=text + "; repeatable")
         elif name == "logit_bias":
             group.add_argument(flag, action="append", metavar="ID=BIAS", help=text + "; repeatable")
+        elif name == "stop_on_loop":
+            group.add_argument(flag, type=int, nargs=2, metavar=("WINDOW", "REPEATS"), help=text)
         elif name == "stop_token_ids":
             group.add_argument(flag, type=int, nargs="+", metavar="ID", help=text)
         else:

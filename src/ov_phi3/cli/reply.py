@@ -224,5 +224,7 @@ def _show(stream: TokenStream, bar: terminal.PrefillBar) -> tuple[GenerationResu
 
 def _latency(result: GenerationResult) -> str:
     """The line with the latency of a reply."""
-    ending = {"length": "; ended at its length limit", "cancelled": "; stopped"}.get(result.finish_reason, "")
+    ending = {"length": "; ended at its length limit", "cancelled": "; stopped", "loop": "; ended in a loop"}.get(
+        result.finish_reason, ""
+    )
     return f"[{result.metrics}{ending}]"

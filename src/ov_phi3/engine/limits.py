@@ -70,7 +70,9 @@ class Limits:
 
     def _check_ids(self, resolved: GenerationConfig) -> None:
         biased = list(dict(resolved.logit_bias or ()))
-        for name, ids in (("stop_token_ids", resolved.stop_token_ids or ()), ("logit_bias", biased)):
+        bad = [i for word in resolved.bad_words or () if not isinstance(word, str) for i in word]
+        stops = resolved.stop_token_ids or ()
+        for name, ids in (("stop_token_ids", stops), ("logit_bias", biased), ("bad_words", bad)):
             outside = [i for i in ids if i >= self.vocab_size]
             if outside:
                 raise ConfigError(f"{name} holds {outside[0]}; ids go from 0 to {self.vocab_size - 1}.")

@@ -227,6 +227,8 @@ class ReplyWorker:
             return "cancelled"
         if self._timed_out:
             return "timeout"
+        if report is not None and report.in_loop:
+            return "loop"
         if (report is not None and report.hit_limit) or len(self._ids) >= self._limit:
             return "length"
         return "stop"
@@ -294,6 +296,6 @@ class ReplyWorker:
         elif self._should_stop():
             reason = "cancelled" if self._channel.cancelled else "timeout"
         elif not hypothesis.hit_limit:
-            reason = "stop"
+            reason = "loop" if hypothesis.in_loop else "stop"
         text += stops.end(decoder.flush(final=reason == "stop"), self._control_stop(ids))
         return Alternative(text, ids, "stop" if stops.matched else reason, hypothesis.score), stops.matched

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from ov_phi3.errors import ConfigError, did_you_mean
 from ov_phi3.generation import contradictions, genai, hf, openai, validation
-from ov_phi3.generation.contradictions import ASSISTED, BEAMS, SAMPLING, STRUCTURED
+from ov_phi3.generation.contradictions import ASSISTED, BEAMS, PARTS, SAMPLING, STRUCTURED
 from ov_phi3.generation.names import ALIASES, OTHER_CALLS
 from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
 
@@ -34,9 +34,18 @@ DEFAULTS: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
+    "typical_p": 1.0,
+    "top_n_sigma": 0.0,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ("\n", ":", '"', "*"),
     "num_return_sequences": 1,
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -44,20 +53,22 @@ DEFAULTS: dict[str, Any] = {
     "length_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "stop_criteria": "heuristic",
+    "bad_words": (),
     "logit_bias": (),
     "logits_processors": (),
 }
 """Value of a field that neither the caller nor the model gives. With this value, an option has no effect."""
 
 _CHANGING_LOGITS = (
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "logits_processors",
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier"),
+    *("bad_words", "logit_bias", "logits_processors"),
 )
-INFER_REQUEST_OPTIONS = ("logit_bias", "logits_processors", "top_logprobs")
-"""Options that GenAI does not have: only `backend="infer_request"` obeys them."""
+INFER_REQUEST_OPTIONS = (
+    *("typical_p", "top_n_sigma", "xtc_probability", "dry_multiplier", "bad_words", "stop_on_loop"),
+    *("logit_bias", "logits_processors", "top_logprobs"),
+    *(name for names in PARTS.values() for name in names),
+)
+"""Options that only `backend="infer_request"` has; as it has `no_repeat_ngram_size` without beams."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +90,34 @@ class GenerationConfig:
         top_p: sample from the smallest set of tokens with this total probability, in (0, 1].
         top_k: sample from this number of most likely tokens; 0 is all.
         min_p: exclude tokens less likely than this times the most likely token's probability, in [0, 1).
+        typical_p: sample from the tokens whose information is closest to the entropy, up to this total probability, in
+            (0, 1] (arXiv 2202.00666; needs `backend="infer_request"`, as do the next three).
+        top_n_sigma: exclude logits this many standard deviations below the largest one; 0 is off (arXiv 2411.07641).
+        xtc_probability: how often to exclude the most likely tokens, in [0, 1]: all with a probability of at least
+            `xtc_threshold` but the least likely of them (XTC, text-generation-webui #6335).
+        xtc_threshold: probability from which XTC excludes tokens; above 0.5 it never does.
         seed: seed of the sampling; None draws one, which the result's config holds.
         repetition_penalty: above 1.0 makes tokens of the prompt and the reply less likely.
         presence_penalty: in [-2, 2], applied once to each token already generated.
         frequency_penalty: in [-2, 2], applied as often as the token was generated.
+        dry_multiplier: above 0 lowers the logits of what would prolong a repetition of n tokens by dry_multiplier *
+            dry_base ** (n - dry_allowed_length) (DRY, text-generation-webui #5677; needs `backend="infer_request"`).
+        dry_base: growth of the DRY penalty per repeated token, at least 1.
+        dry_allowed_length: shortest repetition that DRY penalizes.
+        dry_penalty_last_n: number of latest tokens that DRY looks at; -1 is all.
+        dry_sequence_breakers: texts at which a repetition begins anew for DRY, as do special tokens.
         num_return_sequences: number of replies to one prompt; more than one needs sampling or beams, and `generate`;
             on `llm_pipeline` it cannot be cancelled.
         num_beams: above 1 is beam search; not for streams; on `llm_pipeline` it cannot be cancelled.
         num_beam_groups: number of groups of beams that are kept different from each other; divides `num_beams`.
         diversity_penalty: strength of the difference between groups.
         length_penalty: exponent of the length in a beam's score; above 0 favours longer replies.
-        no_repeat_ngram_size: no n-gram of this size occurs twice (beam search).
+        no_repeat_ngram_size: no n-gram of this size occurs twice; without beams it needs `backend="infer_request"`.
         stop_criteria: when beam search ends: "early", "heuristic" or "never".
+        bad_words: texts that do not occur in the reply, however they are cut into tokens; a list of token ids excludes
+            these ids in this order (needs `backend="infer_request"`, as does the next one).
+        stop_on_loop: (window, repeats) ends a reply with finish reason "loop" when the same part, of at most `window`
+            tokens, has come `repeats` times in a row.
         json_schema: the reply is JSON of this schema (a dict, or its text).
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
@@ -122,10 +149,19 @@ class GenerationConfig:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     seed: int | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | list[str] | str | None = None
     num_return_sequences: int | None = None
     num_beams: int | None = None
     num_beam_groups: int | None = None
@@ -133,6 +169,8 @@ class GenerationConfig:
     length_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     stop_criteria: str | None = None
+    bad_words: Sequence[str | Sequence[int]] | str | None = None
+    stop_on_loop: tuple[int, int] | Sequence[int] | None = None
     json_schema: dict[str, Any] | str | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -157,6 +195,9 @@ class GenerationConfig:
         for name in ("regex", "grammar"):
             self._set(name, validation.pattern(name, getattr(self, name)))
         self._set("stop", validation.stop_strings(self.stop))
+        self._set("dry_sequence_breakers", validation.breakers(self.dry_sequence_breakers))
+        self._set("bad_words", validation.bad_words(self.bad_words))
+        self._set("stop_on_loop", validation.loop(self.stop_on_loop))
         self._set("stop_token_ids", validation.token_ids(self.stop_token_ids))
         self._set("json_schema", validation.schema_text(self.json_schema))
         self._set("logit_bias", validation.logit_bias(self.logit_bias))
@@ -244,6 +285,8 @@ class GenerationConfig:
         if inherited.get("temperature") == 0 and samples:
             inherited.pop("temperature")
         if samples or self.logit_options:
+            if inherited.get("num_beams", 1) > 1:
+                inherited.pop("no_repeat_ngram_size", None)  # it was meant for these beams
             inherited = {k: v for k, v in inherited.items() if k != "num_beams" and k not in BEAMS}
         if self.num_beams not in (None, 1):
             inherited = {
@@ -296,7 +339,8 @@ class GenerationConfig:
     @property
     def infer_request_options(self) -> tuple[str, ...]:
         """Options in use that only `backend="infer_request"` has, each as "name=value"."""
-        return tuple(self.show(name) for name in self.in_use(INFER_REQUEST_OPTIONS))
+        without_beams = ("no_repeat_ngram_size",) if (self.num_beams or 1) == 1 else ()
+        return tuple(self.show(name) for name in self.in_use((*INFER_REQUEST_OPTIONS, *without_beams)))
 
     @property
     def logit_options(self) -> tuple[str, ...]:

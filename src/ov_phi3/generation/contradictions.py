@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 
 from ov_phi3.errors import ConfigError
 
-__all__ = ["ASSISTED", "BEAMS", "SAMPLING", "STRUCTURED", "check", "check_resolved", "contradiction"]
+__all__ = ["ASSISTED", "BEAMS", "PARTS", "SAMPLING", "STRUCTURED", "check", "check_resolved", "contradiction"]
 
 _Options: TypeAlias = Any  # a GenerationConfig, whose module imports this one
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability")
 """Options of sampling."""
 
-BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "no_repeat_ngram_size", "stop_criteria")
+BEAMS = ("num_beam_groups", "diversity_penalty", "length_penalty", "stop_criteria")
 """Options of beam search, besides the number of beams."""
 
 STRUCTURED = ("json_schema", "regex", "grammar")
@@ -27,6 +27,12 @@ STRUCTURED = ("json_schema", "regex", "grammar")
 
 ASSISTED = ("num_assistant_tokens", "assistant_confidence_threshold")
 """Options of speculative decoding."""
+
+PARTS = {
+    "dry_multiplier": ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    "xtc_probability": ("xtc_threshold",),
+}
+"""Option that turns something on -> options that only change it."""
 
 
 def contradiction(option: str, other: str, reason: str) -> ConfigError:
@@ -49,6 +55,12 @@ def check(config: _Options) -> None:
         raise contradiction(structures[0], config.show("num_beams"), "structured replies are sampled or greedy")
     if config.num_assistant_tokens is not None and config.assistant_confidence_threshold is not None:
         raise contradiction(*ASSISTED, "give the number of candidates or their confidence")
+    if config.stop_on_loop is not None and (config.num_beams or 1) > 1:
+        raise contradiction(config.show("stop_on_loop"), config.show("num_beams"), "beams end by their scores")
+    for main, parts in PARTS.items():
+        changed = config.in_use(parts)
+        if changed and not getattr(config, main):
+            raise ConfigError(f"{config.show(changed[0])} belongs to {main}: give that too, above 0.")
     if config.max_ngram_size is not None and config.num_assistant_tokens is None:
         raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
 

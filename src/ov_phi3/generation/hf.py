@@ -15,7 +15,7 @@ __all__ = ["from_hf"]
 _STOP_CRITERIA: dict[Any, str] = {True: "early", False: "heuristic", "never": "never"}
 
 # The sampling options with Hugging Face's defaults.
-_SAMPLING_DEFAULTS = (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50), ("min_p", 0.0))
+_SAMPLING_DEFAULTS = (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50), ("min_p", 0.0), ("typical_p", 1.0))
 
 
 def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None = None) -> dict[str, Any]:
@@ -34,7 +34,9 @@ def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None
     for key, value in _read(source).items():
         if value is None or key in HF_IGNORED:
             continue
-        if key in HF:
+        if HF.get(key) == "bad_words":
+            options["bad_words"] = [*options.get("bad_words", ()), *_id_sequences(key, value)]
+        elif key in HF:
             options[HF[key]] = _STOP_CRITERIA.get(value, value) if key == "early_stopping" else value
         elif value not in HF_NO_EFFECT.get(key, ()):
             problem = _problem(key, value)
@@ -48,6 +50,13 @@ def from_hf(source: str | Path | Mapping[str, Any], *, dropped: list[str] | None
     if not options.get("do_sample"):
         _drop_sampling(options, strict=dropped is None)
     return options
+
+
+def _id_sequences(key: str, value: object) -> list[object]:
+    """`bad_words_ids`, which are sequences of token ids, or `suppress_tokens`, which are single ones."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{key} must be a list, not {value!r}")
+    return [[token_id] for token_id in value] if key == "suppress_tokens" else list(value)
 
 
 def _drop_sampling(options: dict[str, Any], *, strict: bool) -> None:

@@ -15,8 +15,8 @@ __all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamCh
 
 _MAX_EXPONENT = 709.0  # exp of more overflows a float64
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout"]
-"""Why a reply ended: an end token or stop string, its length limit, cancellation, or its `timeout`."""
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "loop"]
+"""Why a reply ended: an end token or stop string, its length limit, cancellation, its `timeout`, or `stop_on_loop`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class GenerationResult:
     Attributes:
         text: the reply, without special tokens, and without the stop string unless `include_stop` is set.
         token_ids: its ids as generated, end token included.
-        finish_reason: "stop", "length", "cancelled" or "timeout".
+        finish_reason: "stop", "length", "cancelled", "timeout" or "loop".
         metrics: its latency.
         config: all options as used, including a drawn seed.
         prompt_token_ids: ids of the prompt.

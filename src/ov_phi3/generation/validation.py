@@ -22,9 +22,12 @@ __all__ = [
     "BOOLEANS",
     "INTEGERS",
     "NUMBERS",
+    "bad_words",
     "boolean",
+    "breakers",
     "integer",
     "logit_bias",
+    "loop",
     "number",
     "pattern",
     "processors",
@@ -43,6 +46,8 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "min_new_tokens": (0, None),
     "top_k": (0, None),
     "seed": (0, 2**64 - 1),
+    "dry_allowed_length": (1, None),
+    "dry_penalty_last_n": (-1, None),
     "num_return_sequences": (1, None),
     "num_beams": (1, None),
     "num_beam_groups": (1, None),
@@ -57,6 +62,12 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "temperature": (0.0, None),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "top_n_sigma": (0.0, None),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0),
+    "dry_multiplier": (0.0, None),
+    "dry_base": (1.0, None),
     "repetition_penalty": (0.0, None),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
@@ -72,6 +83,7 @@ BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
 _EXCLUSIVE_BOUNDS = {
     "top_p": "low",
     "min_p": "high",
+    "typical_p": "low",
     "repetition_penalty": "low",
     "assistant_confidence_threshold": "low",
 }
@@ -183,16 +195,7 @@ def stop_strings(value: object) -> tuple[str, ...] | None:
         ConfigError: one of them is empty, or holds a lone surrogate.
         TypeError: the value is not a string or a list of strings.
     """
-    if value is None:
-        return None
-    stops = (value,) if isinstance(value, str) else value
-    if not isinstance(stops, (list, tuple, set, frozenset)) or not all(isinstance(stop, str) for stop in stops):
-        raise TypeError(f"stop must be a string or a list of strings, not {value!r}")
-    if "" in stops:
-        raise ConfigError("stop holds an empty string, which would end every reply at once; leave it out.")
-    for stop in stops:
-        _check_characters("stop", stop.replace("\0", ""))
-    return tuple(dict.fromkeys(stops))
+    return _texts("stop", value, "which would end every reply at once")
 
 
 def token_ids(value: object) -> tuple[int, ...] | None:
@@ -209,6 +212,73 @@ def token_ids(value: object) -> tuple[int, ...] | None:
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise TypeError(f"stop_token_ids must be a list of token ids, not {value!r}")
     return tuple(dict.fromkeys(whole_number("stop_token_ids", i, least=0, most=_INT64_MAX) for i in value))
+
+
+def breakers(value: object) -> tuple[str, ...] | None:
+    """Check DRY's sequence breakers, one or several, and return them without duplicates.
+
+    Raises:
+        ConfigError: one of them is empty, or holds a lone surrogate.
+        TypeError: the value is not a string or a list of strings.
+    """
+    return _texts("dry_sequence_breakers", value, "at which every repetition would end")
+
+
+def bad_words(value: object) -> tuple[str | tuple[int, ...], ...] | None:
+    """Check bad words, one or several: texts, or sequences of token ids.
+
+    Raises:
+        ConfigError: one of them is empty or holds a lone surrogate, or an id is negative.
+        TypeError: an entry is neither a string nor a sequence of token ids.
+    """
+    if value is None:
+        return None
+    entries = (value,) if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple, set, frozenset)):
+        raise TypeError(f"bad_words must be a list of strings, not {value!r}")
+    return tuple(dict.fromkeys(_bad_word(entry) for entry in entries))
+
+
+def _bad_word(entry: object) -> str | tuple[int, ...]:
+    if isinstance(entry, str):
+        checked = _texts("bad_words", entry, "which every reply has")
+        assert checked is not None
+        return checked[0]
+    if hasattr(entry, "tolist"):  # an array of token ids
+        entry = entry.tolist()
+    if not isinstance(entry, (list, tuple)):
+        raise TypeError(f"bad_words must hold strings, or lists of token ids, not {entry!r}")
+    if not entry:
+        raise ConfigError("bad_words holds an empty list of token ids; leave it out.")
+    return tuple(whole_number("bad_words's token id", i, least=0, most=_INT64_MAX) for i in entry)
+
+
+def _texts(name: str, value: object, why_not_empty: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple, set, frozenset)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a string or a list of strings, not {value!r}")
+    if "" in texts:
+        raise ConfigError(f"{name} holds an empty string, {why_not_empty}; leave it out.")
+    for text in texts:
+        _check_characters(name, text.replace("\0", ""))
+    return tuple(dict.fromkeys(texts))
+
+
+def loop(value: object) -> tuple[int, int] | None:
+    """Check `stop_on_loop`: a window of at least one token, and at least two repeats.
+
+    Raises:
+        ConfigError: one of the numbers is too small.
+        TypeError: the value is not a pair of whole numbers.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"stop_on_loop must be (window, repeats), such as (64, 4), not {value!r}")
+    window = whole_number("stop_on_loop's window", value[0], "tokens", least=1)
+    return window, whole_number("stop_on_loop's repeats", value[1], least=2)
 
 
 def logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:

@@ -15,6 +15,7 @@ from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis
+from ov_phi3.backends.words import TokenTexts
 from ov_phi3.errors import ConfigError, GenerationError
 from ov_phi3.system.core import never_freed_in_children
 
@@ -173,13 +174,26 @@ class PagedBackend:
 
     def generate(self, request: Request, sink: TokenSink) -> BackendReport:
         """Stream one reply."""
+        request = self._with_texts(request)
         group = ReplyGroup(request, sink, self._boundary, self._constraints.start(request.config))
         self._engine.run(group)
         return group.report()
 
+    def _with_texts(self, request: Request) -> Request:
+        config = request.config
+        return replace(request, texts=self._texts) if config.bad_words or config.dry_multiplier else request
+
+    @functools.cached_property
+    def _texts(self) -> TokenTexts:
+        if self._tokenizer is None:
+            raise ConfigError("bad_words and DRY need the tokenizer that load() opens.")
+        tokenizer = self._tokenizer.result()
+        return TokenTexts(tokenizer.token_bytes, tokenizer.special_ids, self._vocab_size)
+
     def generate_n(self, request: Request) -> list[Hypothesis]:
         """Beams, or samples, of one prompt, which is computed once."""
         group: BeamGroup | SampleGroup
+        request = self._with_texts(request)
         if (request.config.num_beams or 1) > 1:
             group = BeamGroup(request, self._boundary)
         else:

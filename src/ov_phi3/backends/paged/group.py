@@ -150,7 +150,7 @@ class ReplyGroup(Group):
         super().__init__(request, rope_boundary)
         self._sink = sink
         self._constraint = constraint
-        self._sampler = Sampler(request.config, request.ids, request.end_ids)
+        self._sampler = Sampler(request.config, request.ids, request.end_ids, request.texts)
         self._stop_ids = request.stop_ids
         self._limit = request.config.max_new_tokens or 0
         self._began = time.perf_counter()
@@ -170,7 +170,8 @@ class ReplyGroup(Group):
             proceed = self._sink([token]) if logprob is None else self._sink([token], (logprob,))
             made = len(sequence) - sequence.num_prompt
             self._hit_limit = made >= self._limit and token not in self._stop_ids
-            if token in self._stop_ids or made >= self._limit or not proceed or self._is_complete(token):
+            ended = token in self._stop_ids or made >= self._limit or self._sampler.in_loop
+            if ended or not proceed or self._is_complete(token):
                 self.finish()
 
     def _is_complete(self, token: int) -> bool:
@@ -195,6 +196,7 @@ class ReplyGroup(Group):
             reused_tokens=self.reused_tokens,
             recomputed_tokens=self.recomputed_tokens,
             generated=self.prompt.generated,
+            in_loop=self._sampler.in_loop,
         )
 
 
@@ -272,6 +274,7 @@ class SampleGroup(Group):
                 ),
                 request.ids,
                 request.end_ids,
+                request.texts,
             )
             for index in range(count)
         ]
@@ -308,14 +311,14 @@ class SampleGroup(Group):
         return token
 
     def _has_ended(self, index: int, token: int) -> bool:
-        """Whether a sample ends with this token: by a structure, a stop token, a stop string or the limit."""
+        """Whether a sample ends with this token: by a structure, a stop token or string, a loop or the limit."""
         constraint, watch, sample = self._constraints[index], self._watches[index], self._samples[index]
         if constraint is not None:
             constraint.consume(token)
         stopped = watch is not None and watch.add(token)
         complete = constraint is not None and constraint.ended
         at_limit = len(sample) - sample.num_prompt >= self._limit
-        return stopped or complete or token in self._stop_ids or at_limit
+        return stopped or complete or token in self._stop_ids or at_limit or self._samplers[index].in_loop
 
     def abandon(self) -> None:
         """End the samples with what has come; before their first token they are cancelled."""
@@ -324,7 +327,8 @@ class SampleGroup(Group):
     def hypotheses(self) -> list[Hypothesis]:
         """The samples, the most likely first; the score is the sum of the log-probabilities."""
         hypotheses = []
-        for sequence, score in zip(self._samples, self._scores, strict=True):
+        for sequence, score, sampler in zip(self._samples, self._scores, self._samplers, strict=True):
             ids = sequence.generated
-            hypotheses.append(Hypothesis(ids, score, len(ids) >= self._limit and ids[-1] not in self._stop_ids))
+            hit_limit = len(ids) >= self._limit and ids[-1] not in self._stop_ids and not sampler.in_loop
+            hypotheses.append(Hypothesis(ids, score, hit_limit, sampler.in_loop))
         return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)
