@@ -316,10 +316,14 @@ class Pipeline:
         """Whether it has had no request yet, so that the next one pays for the first inference."""
         return not self.engine.used
 
-    def warmup(self) -> float:
-        """Run one short inference now, so that the first request does not pay for it; returns its milliseconds."""
+    def warmup(self, *, speculation: str = "off") -> float:
+        """Run one short inference now, so that the first request does not pay for it; returns its milliseconds.
+
+        Args:
+            speculation: "auto" also measures what steps with drafts cost.
+        """
         began = now()
-        self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False)
+        self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False, speculation=speculation)
         return (now() - began) * 1000.0
 
     def close(self) -> None:

@@ -84,16 +84,11 @@ class TestSameIds:
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "what"),
-        [
-            ({"num_assistant_tokens": 3}, "speculative decoding"),
-            ({"assistant_confidence_threshold": 0.5}, "speculative decoding"),
-        ],
-    )
-    def test_options_of_the_other_backend_only(self, loop: Pipeline, options: dict[str, Any], what: str) -> None:
-        with pytest.raises(ConfigError, match=f"{what}.*is not in backend='infer_request'"):
-            loop.generate("x", **options)
+    def test_what_drafts_cannot_do(self, loop: Pipeline) -> None:
+        with pytest.raises(ConfigError, match=r"assistant_confidence_threshold.*speculation='auto'"):
+            loop.generate("x", assistant_confidence_threshold=0.5)
+        with pytest.raises(ConfigError, match="num_assistant_tokens=3 contradicts num_beams=2"):
+            loop.generate("x", num_beams=2, num_assistant_tokens=3)
 
     def test_beams_beside_options_that_change_logits(self, loop: Pipeline) -> None:
         with pytest.raises(ConfigError, match=r"logit_bias=.* contradicts num_beams=2"):
@@ -101,7 +96,7 @@ class TestOptions:
         assert len(loop.generate("Hi", num_beams=2, max_new_tokens=4).alternatives) == 1
 
     def test_properties_of_the_other_backend(self, tiny_fp32: Path, device: str) -> None:
-        for config in ({"prompt_lookup": True}, {"ATTENTION_BACKEND": "SDPA"}):
+        for config in ({"adapters": "x"}, {"ATTENTION_BACKEND": "SDPA"}):
             with pytest.raises(ConfigError, match="belongs to backend='llm_pipeline'"):
                 ov_phi3.load(tiny_fp32, device=device, backend="infer_request", ov_config=config)
         with ov_phi3.load(

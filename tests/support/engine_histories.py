@@ -58,6 +58,24 @@ class Reply:
         return len(self.ids) < self.stop_after
 
 
+class HalfRightDrafter:
+    """Drafts that are right up to a random place, and wrong from there on."""
+
+    def __init__(self, ids: Sequence[int], seed: int, boundary: int | None = None) -> None:
+        self.ids = list(ids)
+        self.draw = random.Random(seed)
+        self.boundary = boundary
+
+    def add(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+
+    def draft(self, most: int) -> Ids:
+        count = min(most, self.draw.choice([0, 1, 2, 5, 9]))
+        drafts = greedy(self.ids, count, self.boundary)
+        wrong = self.draw.randrange(count + 1)
+        return [*drafts[:wrong], *((token + 1) % VOCABULARY for token in drafts[wrong:])]
+
+
 class History:
     """Requests in threads on one engine.
 
@@ -81,6 +99,10 @@ class History:
         self.texts = [self.drawn(self.draw.randrange(1, 40)) for _ in range(3)]
         self.problems: list[str] = []
         self.outcomes: dict[str, int] = {}
+
+    def drafter(self, ids: Ids) -> HalfRightDrafter | None:
+        seed = self.draw.randrange(1000)
+        return HalfRightDrafter(ids, seed, self.boundary) if self.draw.random() < 0.6 else None
 
     def drawn(self, count: int) -> Ids:
         return [self.draw.randrange(VOCABULARY) for _ in range(count)]
@@ -131,7 +153,7 @@ class History:
         kind = self.draw.choice(["reply", "reply", "reply", "stop", "sample", "beam", "prefill", "score"])
         if kind == "reply":
             reply = Reply()
-            group: Group = ReplyGroup(request(ids, max_new_tokens=count), reply, boundary)
+            group: Group = ReplyGroup(request(ids, max_new_tokens=count), reply, boundary, None, self.drafter(ids))
             return kind, group, lambda: reply.ids == greedy(ids, count, boundary)
         if kind == "stop":
             reply = Reply(self.draw.randrange(1, 6) if self.draw.random() < 0.5 else 1000)
@@ -141,7 +163,8 @@ class History:
                 left[0] -= 1
                 return left[0] > 0
 
-            group = ReplyGroup(request(ids, max_new_tokens=30, should_continue=should_continue), reply, boundary)
+            stopping = request(ids, max_new_tokens=30, should_continue=should_continue)
+            group = ReplyGroup(stopping, reply, boundary, None, self.drafter(ids))
             return kind, group, lambda: 0 < len(reply.ids) <= 30 and reply.ids == greedy(ids, len(reply.ids), boundary)
         if kind in ("sample", "beam"):
             return kind, *self.several(kind, ids, min(count, 9))
@@ -172,11 +195,15 @@ class History:
         else:
             options |= {"num_beams": self.draw.randrange(2, 4)}
         make = SampleGroup if kind == "sample" else BeamGroup
-        group = make(request(ids, **options), self.boundary)
+        group: Group = BeamGroup(request(ids, **options), self.boundary)
+        if kind == "sample":
+            drafters = [self.drafter(ids) for _ in range(3)]
+            group = SampleGroup(request(ids, **options), self.boundary, None, iter(drafters).__next__)
 
         def check() -> bool:
             alone = make(request(ids, **options), self.boundary)
             engine_of(FakeRunner(200), boundary=self.boundary).run(alone)
+            assert isinstance(group, (BeamGroup, SampleGroup))
             return [reply.ids for reply in alone.hypotheses()] == [reply.ids for reply in group.hypotheses()]
 
         return group, check

@@ -115,12 +115,13 @@ class FakeRunner:
 
     def _part(self, part: Any) -> list[Any]:
         sequence, start = part.sequence, part.sequence.num_cached
+        ids = [*sequence.ids[start : start + part.known], *part.drafts]
         used = sequence.blocks[: -(-(start + part.count) // BLOCK)]
         values = self.pool.values[used].reshape(-1)
         rows = []
         for index in range(part.count):
             position = start + index
-            value = _value(values[:position].tobytes(), int(sequence.ids[position]), sequence.is_long)
+            value = _value(values[:position].tobytes(), int(ids[index]), sequence.is_long)
             values[position] = value
             self.pool.values[used[position // BLOCK], position % BLOCK] = value
             if index in part.rows:

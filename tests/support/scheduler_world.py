@@ -26,12 +26,14 @@ class FakeGroup:
         ids: the prompt.
         replies: length of the reply of each sequence; all sequences fork from the first one with its first token.
         max_chunk: see `Group`.
+        num_drafts: draft tokens at each step; all of them are wrong.
     """
 
-    def __init__(self, arrival: int, ids: Tokens, replies: list[int], max_chunk: int = 0) -> None:
+    def __init__(self, arrival: int, ids: Tokens, replies: list[int], max_chunk: int = 0, num_drafts: int = 0) -> None:
         self.arrival = arrival
         self.replies = replies
         self.max_chunk = max_chunk
+        self.num_drafts = num_drafts
         self.sequences = [Sequence(np.array(ids, dtype=np.int64))]
         self.all_sequences = list(self.sequences)
         self.length_of = {self.sequences[0]: replies[0]}
@@ -41,6 +43,10 @@ class FakeGroup:
 
     def rows(self, sequence: Sequence, count: int) -> tuple[int, ...]:
         return (count - 1,) if count == sequence.num_uncached else ()
+
+    def drafts(self, sequence: Sequence) -> list[int]:
+        assert sequence.num_uncached == 1
+        return [-1] * self.num_drafts
 
 
 def is_decoding(group: FakeGroup) -> bool:
@@ -112,7 +118,7 @@ class World:
         for kind in (True, False):
             order = [group.arrival for group in groups if (group in decoding) == kind]
             assert order == sorted(order)
-        prefill = sum(part.count for group, part in step if group not in decoding)
+        prefill = sum(part.known for group, part in step if group not in decoding)
         limit = budget if any(kinds) else self.chunk
         assert not limit or prefill <= limit, f"{prefill} prefill tokens with a budget of {limit}"
         order = [group.arrival for group in self.scheduler.groups]
@@ -123,8 +129,10 @@ class World:
         self.check_blocks()
         for group, part in step:
             assert group in self.scheduler.running
-            assert 1 <= part.count <= min(part.sequence.num_uncached, group.max_chunk or 2**31)
-            assert part.rows == group.rows(part.sequence, part.count)
+            assert 1 <= part.known <= min(part.sequence.num_uncached, group.max_chunk or 2**31)
+            assert len(part.drafts) in (0, group.num_drafts if part.sequence.num_uncached == 1 else 0)
+            expected = tuple(range(part.count)) if part.drafts else group.rows(part.sequence, part.count)
+            assert part.rows == expected
         return step
 
     def run(self, step: list[Any]) -> None:
@@ -136,9 +144,10 @@ class World:
                 block = sequence.blocks[position // SIZE]
                 assert not self.blocks.is_shared(block), "a shared block is written to"
                 assert not self.blocks.tokens_in(block), "a registered block is written to"
-                self.memory.setdefault(block, [None] * SIZE)[position % SIZE] = tokens_of(sequence, position + 1)
+                tokens = (*tokens_of(sequence, position + 1), *part.drafts[: max(0, position - len(sequence) + 1)])
+                self.memory.setdefault(block, [None] * SIZE)[position % SIZE] = tokens
         for _, part in step:
-            part.sequence.num_cached += part.count
+            part.sequence.num_cached += part.known
             self._register(part.sequence)
             self.check_contents(part.sequence)
 
@@ -158,6 +167,8 @@ class World:
                     sequences.append(fork)
             for index, sequence in enumerate(sequences):
                 sequence.append([100 * group.arrival + list(group.length_of).index(sequence) + index % 2])
+                if part.drafts:
+                    self.scheduler.release_unused(sequence)
                 if len(sequence) - sequence.num_prompt >= group.length_of[sequence]:
                     self.end(group, sequence)
             if not group.sequences:

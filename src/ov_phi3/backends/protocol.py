@@ -137,6 +137,9 @@ class BackendReport:
         generated: every id that the backend generated, including ids behind a stop that were not delivered; None if
             the backend does not report them, or computed other ids as well.
         in_loop: the reply ended by `stop_on_loop`.
+        steps: passes that gave tokens of the reply; None if unknown.
+        drafted_tokens: draft tokens that were computed; None if unknown.
+        accepted_tokens: of these, the ones that the reply has; None if unknown.
     """
 
     hit_limit: bool
@@ -146,6 +149,9 @@ class BackendReport:
     recomputed_tokens: int = 0
     generated: Sequence[int] | None = None
     in_loop: bool = False
+    steps: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
 
 EngineReport = BackendReport

@@ -248,6 +248,9 @@ class ReplyWorker:
                 "recomputed_tokens": report.recomputed_tokens,
                 "engine_ttft_ms": report.ttft_ms,
                 "engine_tpot_ms": report.tpot_ms,
+                "steps": report.steps,
+                "drafted_tokens": report.drafted_tokens,
+                "accepted_tokens": report.accepted_tokens,
             }
         metrics = Metrics.from_stamps(
             requested=self._options.requested,

@@ -16,7 +16,7 @@ from ov_phi3.errors import ConfigError, did_you_mean
 from ov_phi3.generation import contradictions, genai, hf, openai, validation
 from ov_phi3.generation.contradictions import ASSISTED, BEAMS, PARTS, SAMPLING, STRUCTURED
 from ov_phi3.generation.names import ALIASES, OTHER_CALLS
-from ov_phi3.generation.validation import BOOLEANS, INTEGERS, NUMBERS
+from ov_phi3.generation.validation import BOOLEANS, CHOICES, INTEGERS, NUMBERS
 
 __all__ = ["DEFAULTS", "INFER_REQUEST_OPTIONS", "GenerationConfig", "LogitsProcessor"]
 
@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "bad_words": (),
     "logit_bias": (),
     "logits_processors": (),
+    "speculation": "off",
 }
 """Value of a field that neither the caller nor the model gives. With this value, an option has no effect."""
 
@@ -65,7 +66,7 @@ _CHANGING_LOGITS = (
 )
 INFER_REQUEST_OPTIONS = (
     *("typical_p", "top_n_sigma", "xtc_probability", "dry_multiplier", "bad_words", "stop_on_loop"),
-    *("logit_bias", "logits_processors", "top_logprobs"),
+    *("logit_bias", "logits_processors", "top_logprobs", "speculation"),
     *(name for names in PARTS.values() for name in names),
 )
 """Options that only `backend="infer_request"` has; as it has `no_repeat_ngram_size` without beams."""
@@ -121,7 +122,8 @@ class GenerationConfig:
         json_schema: the reply is JSON of this schema (a dict, or its text).
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
-        num_assistant_tokens: candidates per step of prompt lookup, for a pipeline loaded with `prompt_lookup=True`.
+        num_assistant_tokens: drafts per step of prompt lookup; on `llm_pipeline` for a pipeline loaded with
+            `prompt_lookup=True`.
         assistant_confidence_threshold: select candidates by confidence instead of by number (draft models).
         max_ngram_size: longest n-gram that prompt lookup searches for in the prompt.
         logit_bias: numbers added to the logits of token ids, as a dict; minus infinity excludes a token (needs
@@ -131,6 +133,7 @@ class GenerationConfig:
             after penalties and bias, before temperature. An exception in one ends the reply and is raised to the
             caller.
         top_logprobs: log-probabilities of each token of the reply, and of this many most likely tokens, 0 to 20.
+        speculation: "auto" guesses the next tokens from earlier text where that is faster (needs "infer_request").
 
     Raises:
         ConfigError: an option is unknown or out of range, or two options contradict each other.
@@ -180,6 +183,7 @@ class GenerationConfig:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     top_logprobs: int | None = None
+    speculation: str | None = None
 
     def __new__(cls, *_: object, **options: object) -> GenerationConfig:  # noqa: D102 - __init__ with our error
         check_names(options)
@@ -202,8 +206,8 @@ class GenerationConfig:
         self._set("json_schema", validation.schema_text(self.json_schema))
         self._set("logit_bias", validation.logit_bias(self.logit_bias))
         self._set("logits_processors", validation.processors(self.logits_processors))
-        if self.stop_criteria is not None and self.stop_criteria not in ("early", "heuristic", "never"):
-            raise ConfigError(f"stop_criteria={self.stop_criteria!r}; expected 'early', 'heuristic' or 'never'.")
+        for name, values in CHOICES.items():
+            validation.choice(name, getattr(self, name), values)
         contradictions.check(self)
 
     def _set(self, name: str, value: object) -> None:
@@ -276,7 +280,7 @@ class GenerationConfig:
         Options of `base` that contradict this config are dropped: `temperature=0` over a model that samples by default
         is greedy.
         """
-        own, inherited = self.given, base.given
+        own, inherited, lookup = self.given, base.given, (*ASSISTED, "max_ngram_size")
         samples = self.samples
         if samples is False or self.num_beams not in (None, 1):
             inherited = {k: v for k, v in inherited.items() if k not in (*SAMPLING, "do_sample")}
@@ -289,12 +293,12 @@ class GenerationConfig:
                 inherited.pop("no_repeat_ngram_size", None)  # it was meant for these beams
             inherited = {k: v for k, v in inherited.items() if k != "num_beams" and k not in BEAMS}
         if self.num_beams not in (None, 1):
-            inherited = {
-                k: v for k, v in inherited.items() if k not in (*_CHANGING_LOGITS, *ASSISTED, "max_ngram_size")
-            }
+            inherited = {k: v for k, v in inherited.items() if k not in (*_CHANGING_LOGITS, *lookup)}
         for name, alternative in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
             if name in own:
                 inherited.pop(alternative, None)
+        if own.get("speculation") == "auto":
+            inherited = {k: v for k, v in inherited.items() if k not in lookup}
         if any(name in own for name in STRUCTURED):
             inherited = {k: v for k, v in inherited.items() if k not in STRUCTURED}
         return GenerationConfig(**{**inherited, **own})

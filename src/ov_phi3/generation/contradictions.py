@@ -61,6 +61,9 @@ def check(config: _Options) -> None:
         changed = config.in_use(parts)
         if changed and not getattr(config, main):
             raise ConfigError(f"{config.show(changed[0])} belongs to {main}: give that too, above 0.")
+    if config.speculation == "auto" and config.num_assistant_tokens is not None:
+        reason = '"auto" chooses the number; leave one of them out'
+        raise contradiction(config.show("speculation"), config.show("num_assistant_tokens"), reason)
     if config.max_ngram_size is not None and config.num_assistant_tokens is None:
         raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
 

@@ -35,6 +35,10 @@ class Metrics:
         engine_tpot_ms: mean gap between tokens by the engine's clock; None if it has none.
         recomputed_tokens: tokens computed a second time because the reply crossed the LongRoPE boundary. The gap before
             the first token behind the boundary includes that prefill. 0 for all other replies and models.
+        steps: passes of the model that gave tokens; with speculation fewer than tokens. None if unknown
+            (`backend="llm_pipeline"`), as are the next two.
+        drafted_tokens: tokens that were guessed and computed together with the token before them.
+        accepted_tokens: guessed tokens that are part of the reply.
     """
 
     prompt_tokens: int
@@ -49,6 +53,14 @@ class Metrics:
     engine_ttft_ms: float | None = None
     engine_tpot_ms: float | None = None
     recomputed_tokens: int = 0
+    steps: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens of the reply for each pass of the model; None if the passes are unknown."""
+        return self.generated_tokens / self.steps if self.steps else None
 
     @property
     def inter_token_ms(self) -> tuple[float, ...]:
@@ -62,7 +74,8 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+        rates = {"tokens_per_second": self.tokens_per_second, "tokens_per_step": self.tokens_per_step}
+        return {**asdict(self), **rates}
 
     def __str__(self) -> str:
         reused = f" ({self.reused_tokens} from the cache)" if self.reused_tokens else ""
@@ -71,6 +84,9 @@ class Metrics:
             parts.append(f"first token {self.ttft_ms:.0f} ms")
         if self.tpot_ms is not None:
             parts.append(f"{self.tpot_ms:.1f} ms per token ({self.tokens_per_second:.1f} tokens/s)")
+        if self.drafted_tokens:
+            accepted = f"{self.accepted_tokens} of {self.drafted_tokens} drafts accepted"
+            parts.append(f"{self.tokens_per_step:.2f} tokens per step ({accepted})")
         if self.recomputed_tokens:
             parts.append(f"{self.recomputed_tokens} tokens computed again past the LongRoPE boundary")
         return ", ".join(parts)
@@ -90,6 +106,9 @@ class Metrics:
         engine_ttft_ms: float | None = None,
         engine_tpot_ms: float | None = None,
         recomputed_tokens: int = 0,
+        steps: int | None = None,
+        drafted_tokens: int | None = None,
+        accepted_tokens: int | None = None,
     ) -> Metrics:
         """From stamps of one clock, in seconds.
 
@@ -105,6 +124,9 @@ class Metrics:
             engine_ttft_ms: see the attribute.
             engine_tpot_ms: see the attribute.
             recomputed_tokens: see the attribute.
+            steps: see the attribute.
+            drafted_tokens: see the attribute.
+            accepted_tokens: see the attribute.
         """
 
         def since(stamp: float | None) -> float | None:
@@ -125,4 +147,7 @@ class Metrics:
             engine_ttft_ms=engine_ttft_ms,
             engine_tpot_ms=engine_tpot_ms,
             recomputed_tokens=recomputed_tokens,
+            steps=steps,
+            drafted_tokens=drafted_tokens,
+            accepted_tokens=accepted_tokens,
         )

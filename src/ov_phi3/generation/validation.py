@@ -20,11 +20,13 @@ from ov_phi3.errors import ConfigError
 
 __all__ = [
     "BOOLEANS",
+    "CHOICES",
     "INTEGERS",
     "NUMBERS",
     "bad_words",
     "boolean",
     "breakers",
+    "choice",
     "integer",
     "logit_bias",
     "loop",
@@ -77,6 +79,12 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
 }
 """Float option -> smallest and largest value; None is no bound."""
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "stop_criteria": ("early", "heuristic", "never"),
+    "speculation": ("off", "auto"),
+}
+"""Option -> the words that it may be."""
+
 BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
 """Boolean options."""
 
@@ -87,6 +95,17 @@ _EXCLUSIVE_BOUNDS = {
     "repetition_penalty": "low",
     "assistant_confidence_threshold": "low",
 }
+
+
+def choice(name: str, value: object, words: tuple[str, ...]) -> None:
+    """Check an option that is one of some words.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if value is not None and value not in words:
+        *first, last = map(repr, words)
+        raise ConfigError(f"{name}={value!r}; expected {', '.join(first)} or {last}.")
 
 
 def boolean(name: str, value: object) -> bool | None:

@@ -25,7 +25,8 @@ def play(seed: int) -> tuple[World, dict[str, int]]:
             text = draw.choice(texts)
             ids = text[: draw.randrange(len(text) + 1)] + tuple(draw.randrange(3) for _ in range(draw.randrange(1, 9)))
             replies = [draw.randrange(1, 15) for _ in range(draw.choice([1, 1, 1, 2, 3]))]
-            world.add(FakeGroup(arrivals, ids, replies, draw.choice([0, 0, 2, 7])))
+            drafts = draw.choice([0, 0, 3, 9])
+            world.add(FakeGroup(arrivals, ids, replies, draw.choice([0, 0, 2, 7]), drafts))
             arrivals += 1
             events["forked"] += len(replies) > 1
         if world.scheduler.groups and draw.random() < 0.03:

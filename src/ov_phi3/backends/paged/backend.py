@@ -11,6 +11,7 @@ import numpy as np
 
 from ov_phi3.backends.paged.beam import BeamGroup
 from ov_phi3.backends.paged.constraint import ConstraintCompiler
+from ov_phi3.backends.paged.drafter import LookupDrafter, StepCosts, measure_step_costs
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
@@ -22,6 +23,7 @@ from ov_phi3.system.core import never_freed_in_children
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.backends.paged.drafter import Drafter
     from ov_phi3.backends.protocol import Backend, LoadRequest, Request, TokenSink
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.kv.entry import KVEntry
@@ -33,12 +35,9 @@ CAPABILITIES = Capabilities(
     "infer_request", saves_kv=True, scores=True, cancels_within_pass=True, batches=True, schedules=True
 )
 
-_UNSUPPORTED = {
-    "num_assistant_tokens": "speculative decoding",
-    "assistant_confidence_threshold": "speculative decoding",
-}
+_LOOKUP_TOKENS, _LOOKUP_NGRAM = 5, 3  # GenAI's own defaults for prompt lookup
 _FOREIGN = "belongs to backend='llm_pipeline'; leave it out or use that."
-_FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config")
+_FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "scheduler_config")
 _FIRST_TOKENS = 1024  # of a cache that grows
 _GPU_CHUNK = 1024
 
@@ -102,10 +101,13 @@ class PagedBackend:
         info, kv = request.info, request.kv
         boundary = info.rope_boundary
         self._boundary = boundary if boundary is not None and boundary < kv.context_length else None
+        properties = dict(request.properties)
+        self._prompt_lookup = bool(properties.pop("prompt_lookup", False))
+        self._costs: StepCosts | None = None
         self._runner = ModelRunner(
             info.path,
             request.device.name,
-            request.properties,
+            properties,
             num_blocks=lambda size, block_bytes: _first_blocks(request, size, block_bytes),
             rope_boundary=self._boundary,
         )
@@ -127,11 +129,12 @@ class PagedBackend:
         return self._runner.kv_layout
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Speculation; a structure that cannot be compiled."""
-        for name, what in _UNSUPPORTED.items():
-            value = getattr(config, name)
-            if value is not None:
-                return f"{what} ({name}) is not in backend='infer_request'; load with backend='llm_pipeline' for it."
+        """A confidence of drafts; a structure that cannot be compiled."""
+        if config.assistant_confidence_threshold is not None:
+            return (
+                "assistant_confidence_threshold is for a draft model on backend='llm_pipeline'; speculation='auto' "
+                "chooses the number of drafts here."
+            )
         try:
             self._constraints.start(config)
         except ConfigError as exc:
@@ -175,9 +178,28 @@ class PagedBackend:
     def generate(self, request: Request, sink: TokenSink) -> BackendReport:
         """Stream one reply."""
         request = self._with_texts(request)
-        group = ReplyGroup(request, sink, self._boundary, self._constraints.start(request.config))
+        config = request.config
+        group = ReplyGroup(request, sink, self._boundary, self._constraints.start(config), self._drafter(request))
         self._engine.run(group)
         return group.report()
+
+    def _drafter(self, request: Request) -> Drafter | None:
+        """A drafter for a reply; None if it is to have none."""
+        config, ids = request.config, request.ids
+        number = config.num_assistant_tokens or (_LOOKUP_TOKENS if self._prompt_lookup else None)
+        if config.speculation == "auto":
+            return LookupDrafter(ids.tolist(), self._step_costs)
+        if number is None:
+            return None
+        return LookupDrafter(
+            ids.tolist(), self._step_costs, number, range(config.max_ngram_size or _LOOKUP_NGRAM, 0, -1)
+        )
+
+    def _step_costs(self) -> StepCosts:
+        """What steps cost; measured once, by the engine's thread between two passes, and fixed from then on."""
+        if self._costs is None:
+            self._costs = measure_step_costs(self._runner.time_rows)
+        return self._costs
 
     def _with_texts(self, request: Request) -> Request:
         config = request.config
@@ -197,7 +219,8 @@ class PagedBackend:
         if (request.config.num_beams or 1) > 1:
             group = BeamGroup(request, self._boundary)
         else:
-            group = SampleGroup(request, self._boundary, self._constraints.start(request.config))
+            constraint = self._constraints.start(request.config)
+            group = SampleGroup(request, self._boundary, constraint, lambda: self._drafter(request))
         self._engine.run(group)
         return group.hypotheses()
 

@@ -55,6 +55,11 @@ class Constraint:
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].view(np.bool_)
 
+    def count_allowed(self, tokens: list[int]) -> int:
+        """How many of some next tokens, from the first on, may come one after another; the state does not change."""
+        count: int = self._matcher.validate_tokens(tokens)
+        return max(0, count)
+
     def consume(self, token: int) -> None:
         """Note the token that was chosen.
 

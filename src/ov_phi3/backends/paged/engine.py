@@ -173,16 +173,34 @@ class PagedEngine:
                 prefilled.append(group)
             at += wanted
             part.sequence.cached_long = part.sequence.is_long
-            part.sequence.num_cached += part.count
+            part.sequence.num_cached += part.known
             self._prefixes.register_full_blocks(part.sequence)
         for group in prefilled:
             self._guard(group, group.report_progress)
+        lengths = [len(part.sequence) for _, part in step]
         for group, logits_of in rows.items():
             self._guard(group, partial(group.advance, logits_of, partial(self._fork, group)))
+        for (_, part), length in zip(step, lengths, strict=True):
+            if part.drafts:
+                self._keep_accepted(part, length)
         self._end_finished()
         for group in rows:
             if group in self._scheduler.running:
                 self._recompute_crossed(group)
+
+    def _keep_accepted(self, part: ScheduledTokens, length: int) -> None:
+        """Count the drafts that the reply has taken as cached. The others are in no table and are overwritten.
+
+        Args:
+            part: what was computed.
+            length: of the sequence before the step.
+        """
+        sequence = part.sequence
+        taken = len(sequence) - length - 1  # the last new token was chosen, not computed
+        sequence.num_cached += max(0, min(taken, len(part.drafts)))
+        if not sequence.has_crossed:
+            self._prefixes.register_full_blocks(sequence)
+        self._scheduler.release_unused(sequence)
 
     @staticmethod
     def _guard(group: Group, action: Callable[[], object]) -> None:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ov_phi3.backends.paged.sequence import Sequence
+from ov_phi3.backends.paged.token_chooser import TokenChooser
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Hypothesis
-from ov_phi3.backends.sampling import Sampler, log_softmax
+from ov_phi3.backends.sampling import log_softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.backends.paged.constraint import Constraint
+    from ov_phi3.backends.paged.drafter import Drafter
     from ov_phi3.backends.protocol import Request, TokenSink
     from ov_phi3.kv.entry import KVEntry
 
@@ -132,13 +135,25 @@ class Group:
         """Which of the next `count` tokens of a sequence need logits: the last one, if it is the sequence's last."""
         return (count - 1,) if count == sequence.num_uncached else ()
 
+    def drafts(self, sequence: Sequence) -> Sequence_[int]:  # noqa: ARG002
+        """Guesses of the tokens behind a sequence's last one, which the next step computes with it; () for none."""
+        return ()
+
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
         """Use the logits of a step: [rows, vocabulary] for each sequence that wanted some."""
         raise NotImplementedError
 
 
 class ReplyGroup(Group):
-    """One reply, streamed token by token."""
+    """One reply, streamed token by token.
+
+    Args:
+        request: the request.
+        sink: receives the tokens.
+        rope_boundary: see `Sequence`.
+        constraint: the structure of the reply; None for none.
+        drafter: guesses tokens; None for none.
+    """
 
     def __init__(
         self,
@@ -146,40 +161,30 @@ class ReplyGroup(Group):
         sink: TokenSink,
         rope_boundary: int | None = None,
         constraint: Constraint | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         super().__init__(request, rope_boundary)
         self._sink = sink
-        self._constraint = constraint
-        self._sampler = Sampler(request.config, request.ids, request.end_ids, request.texts)
-        self._stop_ids = request.stop_ids
-        self._limit = request.config.max_new_tokens or 0
+        self._chooser = TokenChooser(request, request.config, constraint, drafter)
         self._began = time.perf_counter()
         self._first: float | None = None
         self._last = self._began
-        self._hit_limit = False
+
+    def drafts(self, sequence: Sequence) -> Sequence_[int]:
+        """Guesses of the next tokens."""
+        return self._chooser.drafts(sequence)
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
-        """Choose the next token and deliver it."""
+        """Choose the next tokens and deliver them."""
         for sequence, logits in rows:
-            token = self._sampler.choose(logits[-1], None if self._constraint is None else self._constraint.allowed())
-            logprob = self._sampler.logprobs(logits[-1], token)
-            self._last = time.perf_counter()
-            if self._first is None:
-                self._first = self._last
-            sequence.append([token])
-            proceed = self._sink([token]) if logprob is None else self._sink([token], (logprob,))
-            made = len(sequence) - sequence.num_prompt
-            self._hit_limit = made >= self._limit and token not in self._stop_ids
-            ended = token in self._stop_ids or made >= self._limit or self._sampler.in_loop
-            if ended or not proceed or self._is_complete(token):
-                self.finish()
-
-    def _is_complete(self, token: int) -> bool:
-        """Whether the structure, if there is one, ends with this token."""
-        if self._constraint is None:
-            return False
-        self._constraint.consume(token)
-        return self._constraint.ended
+            for token, logprob in self._chooser.choose(sequence, logits):
+                self._last = time.perf_counter()
+                if self._first is None:
+                    self._first = self._last
+                proceed = self._sink([token]) if logprob is None else self._sink([token], (logprob,))
+                if self._chooser.ended or not proceed:
+                    self.finish()
+                    break
 
     def abandon(self) -> None:
         """End the reply with what has come; before its first token it is cancelled."""
@@ -190,13 +195,16 @@ class ReplyGroup(Group):
         made = len(self.prompt) - self.prompt.num_prompt
         first = self._first
         return BackendReport(
-            hit_limit=self._hit_limit,
+            hit_limit=self._chooser.hit_limit,
             ttft_ms=None if first is None else (first - self._began) * 1000.0,
             tpot_ms=(self._last - first) * 1000.0 / (made - 1) if first is not None and made > 1 else None,
             reused_tokens=self.reused_tokens,
             recomputed_tokens=self.recomputed_tokens,
             generated=self.prompt.generated,
-            in_loop=self._sampler.in_loop,
+            in_loop=self._chooser.in_loop,
+            steps=self._chooser.steps,
+            drafted_tokens=self._chooser.drafted,
+            accepted_tokens=self._chooser.accepted,
         )
 
 
@@ -263,62 +271,56 @@ class SampleGroup(Group):
     """Several samples of one prompt, as forks of its sequence: the prompt is computed once."""
 
     def __init__(
-        self, request: Request, rope_boundary: int | None = None, constraint: Constraint | None = None
+        self,
+        request: Request,
+        rope_boundary: int | None = None,
+        constraint: Constraint | None = None,
+        drafter: Callable[[], Drafter | None] = lambda: None,
     ) -> None:
         super().__init__(request, rope_boundary)
-        count, seed = request.config.num_return_sequences or 1, request.config.seed or 0
-        self._samplers = [
-            Sampler(
-                request.config.replace(
-                    seed=(seed + index * _SEEDS_APART) % 2**64, num_return_sequences=1, top_logprobs=0
-                ),
-                request.ids,
-                request.end_ids,
-                request.texts,
+        config = request.config
+        count, seed = config.num_return_sequences or 1, config.seed or 0
+        seeds = [(seed + index * _SEEDS_APART) % 2**64 for index in range(count)]
+        self._choosers = [
+            TokenChooser(
+                request,
+                config.replace(seed=seed, num_return_sequences=1, top_logprobs=0),
+                None if constraint is None else constraint.fork(),
+                drafter(),
             )
-            for index in range(count)
+            for seed in seeds
         ]
-        self._stop_ids = request.stop_ids
-        self._limit = request.config.max_new_tokens or 0
-        self._scores: list[float] = [0.0] * count
-        self._constraints = [None if constraint is None else constraint.fork() for _ in range(count)]
+        self._scores = [0.0] * count
         watch = request.stop_watch
         self._watches = [None if watch is None else watch.fork() for _ in range(count)]
         self._samples: list[Sequence] = []
 
+    def drafts(self, sequence: Sequence) -> Sequence_[int]:
+        """Guesses of the next tokens of a sample."""
+        return self._choosers[self._samples.index(sequence)].drafts(sequence) if self._samples else ()
+
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
-        """Choose the next token of every sample; the first step makes the samples."""
+        """Choose the next tokens of every sample; the first step makes the samples."""
         if not self._samples:
             (sequence, logits), *_ = rows
-            self._samples = [fork(sequence) for _ in self._samplers[1:]]
+            self._samples = [fork(sequence) for _ in self._choosers[1:]]
             self._samples.insert(0, sequence)
             self.sequences = list(self._samples)
             rows = [(sample, logits) for sample in self._samples]
         for sequence, logits in rows:
-            token = self._choose(self._samples.index(sequence), logits[-1])
-            sequence.append([token])
-            if self._has_ended(self._samples.index(sequence), token):
+            if self._advance_sample(self._samples.index(sequence), sequence, logits):
                 self.sequences.remove(sequence)
         if not self.sequences:
             self.finish()
 
-    def _choose(self, index: int, logits: NDArray[np.float32]) -> int:
-        """The next token of a sample, whose log-probability is added to its score."""
-        sampler, constraint = self._samplers[index], self._constraints[index]
-        token = sampler.choose(logits, None if constraint is None else constraint.allowed())
-        logprob = sampler.logprobs(logits, token)
-        self._scores[index] += 0.0 if logprob is None else logprob.logprob
-        return token
-
-    def _has_ended(self, index: int, token: int) -> bool:
-        """Whether a sample ends with this token: by a structure, a stop token or string, a loop or the limit."""
-        constraint, watch, sample = self._constraints[index], self._watches[index], self._samples[index]
-        if constraint is not None:
-            constraint.consume(token)
-        stopped = watch is not None and watch.add(token)
-        complete = constraint is not None and constraint.ended
-        at_limit = len(sample) - sample.num_prompt >= self._limit
-        return stopped or complete or token in self._stop_ids or at_limit or self._samplers[index].in_loop
+    def _advance_sample(self, index: int, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
+        """Choose the next tokens of a sample; returns whether it has ended, which a stop string does too."""
+        chooser, watch = self._choosers[index], self._watches[index]
+        for token, logprob in chooser.choose(sequence, logits):
+            self._scores[index] += 0.0 if logprob is None else logprob.logprob
+            if watch is not None and watch.add(token):
+                return True
+        return chooser.ended
 
     def abandon(self) -> None:
         """End the samples with what has come; before their first token they are cancelled."""
@@ -327,8 +329,6 @@ class SampleGroup(Group):
     def hypotheses(self) -> list[Hypothesis]:
         """The samples, the most likely first; the score is the sum of the log-probabilities."""
         hypotheses = []
-        for sequence, score, sampler in zip(self._samples, self._scores, self._samplers, strict=True):
-            ids = sequence.generated
-            hit_limit = len(ids) >= self._limit and ids[-1] not in self._stop_ids and not sampler.in_loop
-            hypotheses.append(Hypothesis(ids, score, hit_limit, sampler.in_loop))
+        for sequence, chooser, score in zip(self._samples, self._choosers, self._scores, strict=True):
+            hypotheses.append(Hypothesis(sequence.generated, score, chooser.hit_limit, chooser.in_loop))
         return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)

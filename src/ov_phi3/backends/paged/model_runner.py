@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
@@ -39,11 +40,18 @@ class ScheduledTokens:
         sequence: the sequence.
         count: number of tokens to compute, from its first uncached one.
         rows: of these, the tokens whose logits are wanted; () for none.
+        drafts: guesses of the tokens behind the sequence's last one, the last ones of `count`.
     """
 
     sequence: Sequence
     count: int
     rows: tuple[int, ...]
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """Of `count`, the tokens that the sequence has."""
+        return self.count - len(self.drafts)
 
 
 class ModelRunner:
@@ -144,6 +152,15 @@ class ModelRunner:
         rows: NDArray[np.float32] = logits.reshape(-1, logits.shape[-1])
         return rows if rows.dtype == np.float32 else rows.astype(np.float32)
 
+    def time_rows(self, rows: int) -> float:
+        """Seconds of a pass of this many tokens of one sequence with the logits of all, in a scratch block."""
+        self._inputs.fill_scratch(rows, rows)
+        began = time.perf_counter()
+        self._request.infer()
+        seconds = time.perf_counter() - began
+        self._shapes = (rows, rows, rows)
+        return seconds
+
     def _infer_while(self, should_continue: Callable[[], bool]) -> None:
         self._request.start_async()
         while not self._request.wait_for(_POLL_MS):
@@ -226,7 +243,8 @@ class _Inputs:
         for index, part in enumerate(step):
             sequence, count, start = part.sequence, part.count, part.sequence.num_cached
             end = at + count
-            ids[at:end] = sequence.ids[start : start + count]
+            ids[at : at + part.known] = sequence.ids[start : start + part.known]
+            ids[at + part.known : end] = part.drafts
             positions[at:end] = np.arange(start, start + count)
             if long_rope is not None:
                 long_rope[at:end] = sequence.is_long
@@ -252,6 +270,6 @@ class _Inputs:
         self._blocks.view(1)[:] = 0
         self._block_begins.view(2)[:] = (0, 1)
         self._longest.view(1)[:] = tokens
-        self._rows.view(rows)[:] = 0
+        self._rows.view(rows)[:] = np.arange(rows) % tokens
         if self._long_rope is not None:
             self._long_rope.view(tokens)[:] = False

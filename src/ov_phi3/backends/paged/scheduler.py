@@ -99,7 +99,7 @@ class Scheduler:
             self.running.append(group)
             self._admit(group)
             budget -= self._schedule_prefill(group, step, budget)
-        return step
+        return [(group, self._with_drafts(group, part)) for group, part in step]
 
     def _fits(self, group: Group) -> bool:
         """Whether there are blocks for a waiting group's sequences, so that it is not preempted at once.
@@ -142,24 +142,42 @@ class Scheduler:
         """Give a sequence blocks for its next tokens; the one that is written to first must be its own."""
         size = self._blocks.block_size
         first = sequence.num_cached // size
-        if sequence.num_cached % size and first < len(sequence.blocks):
-            block = sequence.blocks[first]
-            if self._blocks.is_shared(block):
-                own = self._blocks.allocate()
-                if own is None:
-                    return False
-                self._copy(block, own)
-                self._blocks.release([block])
-                sequence.blocks[first] = own
-            else:
-                self._blocks.forget([block])  # its contents are about to change
         needed = -(-(sequence.num_cached + count) // size)
+        for index in range(first, min(needed, len(sequence.blocks))):
+            block = sequence.blocks[index]
+            if not self._blocks.is_shared(block):
+                self._blocks.forget([block])  # its contents are about to change
+                continue
+            own = self._blocks.allocate()
+            if own is None:
+                return False
+            if index == first and sequence.num_cached % size:
+                self._copy(block, own)
+            self._blocks.release([block])
+            sequence.blocks[index] = own
         while len(sequence.blocks) < needed:
             block_or_none = self._blocks.allocate()
             if block_or_none is None:
                 return False
             sequence.blocks.append(block_or_none)
         return True
+
+    def _with_drafts(self, group: Group, part: ScheduledTokens) -> ScheduledTokens:
+        """A decode with the drafts of its sequence, if there are blocks for them; nobody is preempted for drafts."""
+        sequence = part.sequence
+        if sequence.num_uncached != 1 or not (drafts := tuple(group.drafts(sequence))):
+            return part
+        count = 1 + len(drafts)
+        if not self._reserve(sequence, count):
+            self.release_unused(sequence)
+            return part
+        return ScheduledTokens(sequence, count, tuple(range(count)), drafts)
+
+    def release_unused(self, sequence: Sequence) -> None:
+        """Release the blocks that a sequence needs neither for its tokens nor for the next one."""
+        used = -(-(sequence.num_cached + 1) // self._blocks.block_size)
+        self._blocks.release(sequence.blocks[used:])
+        del sequence.blocks[used:]
 
     def _preempt(self, group: Group, step: list[tuple[Group, ScheduledTokens]]) -> bool:
         """Make room by growing, or by taking the blocks of the group that arrived last.

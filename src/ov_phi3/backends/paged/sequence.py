@@ -77,6 +77,11 @@ class Sequence:
         """Whether it crossed the LongRoPE boundary after its cache was computed, which is then invalid."""
         return self.num_cached > 0 and self.cached_long != self.is_long
 
+    @property
+    def room_on_this_side(self) -> int | None:
+        """Tokens that it can get before it crosses the LongRoPE boundary; None if it does not cross one any more."""
+        return None if self._boundary is None or self.is_long else self._boundary - self._length
+
     def append(self, ids: Sequence_[int]) -> None:
         """Add generated ids."""
         needed = self._length + len(ids)
