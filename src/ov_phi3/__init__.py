@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ov_phi3.system.machine import Machine
     from ov_phi3.text.template import ChatTemplate, Raw
     from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.text.tool_calls import ToolCall
 
 _HOMES = {
     "backends.protocol": ("Backend", "BackendReport", "EngineReport", "Request"),
@@ -93,6 +94,7 @@ _HOMES = {
     "engine.stream": ("TokenStream",),
     "text.template": ("ChatTemplate", "Raw"),
     "text.tokenizer": ("Tokenizer",),
+    "text.tool_calls": ("ToolCall",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -141,6 +143,7 @@ __all__ = [
     "TokenLogprob",
     "TokenStream",
     "Tokenizer",
+    "ToolCall",
     "__version__",
     "devices",
     "diagnose",

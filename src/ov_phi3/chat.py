@@ -20,12 +20,14 @@ from ov_phi3.engine.worker import ReplyOptions, now
 from ov_phi3.errors import ConfigError, SnapshotError, StreamError, did_you_mean
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.results import GenerationResult
+from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.entry import KVEntry
 from ov_phi3.kv.fingerprint import RELEASE
 from ov_phi3.kv.layout import KVUsage
 from ov_phi3.saved import read_saved
 from ov_phi3.text.messages import ChatMessage
+from ov_phi3.text.tools import Tools, calls_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ov_phi3.engine.worker import OnPrefill
     from ov_phi3.loaded_model import LoadedModel
     from ov_phi3.text.messages import Message
+    from ov_phi3.text.tools import ToolChoice
 
 __all__ = ["Chat", "load_chat"]
 
@@ -64,13 +67,15 @@ class Chat:
         *,
         system: str | None = None,
         messages: Sequence[Message] | None = None,
+        tools: Tools | None = None,
         overflow: str = "error",
         on_cancel: str = "keep",
     ) -> None:
         self.overflow = _one_of("overflow", overflow, _OVERFLOW)
         self.on_cancel = _one_of("on_cancel", on_cancel, _ON_CANCEL)
         self._model = model
-        self._encoder = TurnEncoder(model.tokenizer)
+        self._tools = tools
+        self._encoder = TurnEncoder(model.tokenizer, tools)
         self._lock = threading.Lock()  # held while the conversation is read or replaced
         self._turn = threading.Lock()  # held while a turn is started
         self._running: Channel | None = None
@@ -122,11 +127,12 @@ class Chat:
         on_cancel: str | None = None,
         on_prefill: OnPrefill | None = None,
         timeout: float | None = None,
+        tool_choice: ToolChoice | None = None,
         **options: Any,
     ) -> GenerationResult:
         """One turn; returns the whole reply. Arguments and errors are those of `stream`."""
         how: dict[str, Any] = {"on_cancel": on_cancel, "on_prefill": on_prefill, "timeout": timeout}
-        return self.stream(message, config, **how, **options).result
+        return self.stream(message, config, tool_choice=tool_choice, **how, **options).result
 
     def stream(
         self,
@@ -136,6 +142,7 @@ class Chat:
         on_cancel: str | None = None,
         on_prefill: OnPrefill | None = None,
         timeout: float | None = None,
+        tool_choice: ToolChoice | None = None,
         **options: Any,
     ) -> TokenStream:
         """One turn, streamed. The turn becomes part of the conversation when the stream has ended.
@@ -149,6 +156,7 @@ class Chat:
             on_prefill: receives the progress of the prefill, see `Pipeline.generate`.
             timeout: seconds for the whole turn, see `Pipeline.generate`; a turn that timed out is kept or dropped as a
                 cancelled turn is.
+            tool_choice: whether this turn calls the chat's tools, see `Pipeline.generate`.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -164,7 +172,8 @@ class Chat:
         with self._turn:
             self._await_previous_turn()
             self._model.engine.check_open()
-            config = GenerationConfig.of(config, options)
+            tools = Tools.of((), tool_choice) if self._tools is None else self._tools.choosing(tool_choice)
+            config = constrained(GenerationConfig.of(config, options), tools)
             conversation = self._now().with_messages(messages, self._encoder)
             check_turn(conversation.pending)
             conversation, added, dropped = self._fit_to_window(conversation, config)
@@ -174,6 +183,7 @@ class Chat:
                 deadline=None if timeout is None else requested + seconds("timeout", timeout),
                 on_prefill=on_prefill,
                 on_end=lambda result: self._end(conversation, dropped, turn, result, keep),
+                tools=tools,
             )
             stream = self._model.engine.submit(
                 Submission(conversation.prompt(added), config, reply, continued=len(conversation.ids))
@@ -233,7 +243,7 @@ class Chat:
         """
         with self._turn:
             self._await_previous_turn()
-            branch = Chat(self._model, overflow=self.overflow, on_cancel=self.on_cancel)
+            branch = Chat(self._model, tools=self._tools, overflow=self.overflow, on_cancel=self.on_cancel)
             branch.restore(self._now(), self._loaded_kv)
             return branch
 
@@ -255,6 +265,8 @@ class Chat:
             # The next turn computes the last token in any case.
             entry = self._model.engine.export_kv(conversation.ids[:-1]) or KVEntry.empty()
             values = {**conversation.to_dict(), "overflow": self.overflow, "on_cancel": self.on_cancel}
+            if self._tools is not None:
+                values["tools"] = list(self._tools.functions)
             fingerprint = self._model.fingerprint
             return snapshot.write(path, snapshot.Snapshot("chat", fingerprint, conversation.ids, entry, values))
 
@@ -316,6 +328,8 @@ class Chat:
         if result is None or not result.token_ids or (result.finish_reason in ("cancelled", "timeout") and not keep):
             return result
         answer = ChatMessage(role="assistant", content=result.text)
+        if result.tool_calls:
+            answer["tool_calls"] = calls_of(result.tool_calls)
         ended = replace(turn, answer=answer, reply=self._encoder.shown(result))
         self._set(conversation.with_turn(ended, result.metrics.reused_tokens or 0))
         self._loaded_kv = None
@@ -365,8 +379,9 @@ def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
     saved = read_saved(model, path, "chat", any_release=True)
     try:
         values = saved.conversation or {}
-        chat = Chat(model, overflow=values["overflow"], on_cancel=values["on_cancel"])
-        encoder = TurnEncoder(model.tokenizer)
+        tools = Tools.of(values.get("tools"))
+        chat = Chat(model, tools=tools, overflow=values["overflow"], on_cancel=values["on_cancel"])
+        encoder = TurnEncoder(model.tokenizer, tools)
         conversation = Conversation.from_dict(values, encoder, model.info.eos_token_ids, model.info.vocab_size)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not valid.") from exc

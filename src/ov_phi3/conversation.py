@@ -17,7 +17,9 @@ import numpy as np
 
 from ov_phi3.errors import TemplateError
 from ov_phi3.text.messages import ChatMessage, check_final, normalize
+from ov_phi3.text.prompt import describe_tools
 from ov_phi3.text.tokenizer import as_ids
+from ov_phi3.text.tools import name_results, written_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ov_phi3.generation.results import GenerationResult
     from ov_phi3.text.messages import Message
     from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.text.tools import Tools
 
 __all__ = ["Conversation", "Turn", "TurnEncoder", "check_turn", "user_message"]
 
@@ -63,10 +66,11 @@ class Turn:
 
 
 class TurnEncoder:
-    """Encodes the messages of conversations, with one tokenizer and its chat template."""
+    """Encodes the messages of conversations, with one tokenizer, its chat template, and the tools it describes."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Tools | None = None) -> None:
         self._tokenizer = tokenizer
+        self._tools = tools
 
     def normalize(self, messages: str | Message | Sequence[Message]) -> tuple[ChatMessage, ...]:
         """The messages in one form: a string is the user's, a mapping is one message.
@@ -86,10 +90,13 @@ class TurnEncoder:
 
     def first(self, system: Sequence[ChatMessage], new: Sequence[ChatMessage]) -> NDArray[np.int64]:
         """Ids of a prompt that consists of system messages, if there are any, and the first new messages."""
-        if not (system or new):
+        messages: Sequence[Message] = [*system, *new]
+        if self._tools is not None:
+            messages = describe_tools(messages, self._tokenizer, self._tools)
+        if not messages:
             template = self._tokenizer.template
             return self._tokenizer.encode_segments(template.beginning(()) + template.following(()))
-        return self._tokenizer.encode_messages([*system, *new])
+        return self._tokenizer.encode_messages(messages)
 
     def next(self, new: Sequence[ChatMessage]) -> NDArray[np.int64]:
         """Ids behind a reply without its end token: the template's end of a reply, and new messages."""
@@ -114,7 +121,7 @@ class TurnEncoder:
         end = next((n for n in range(min(len(one), len(other))) if one[-1 - n] != other[-1 - n]), 0)
         if np.array_equal(whole[: len(before)], before) and np.array_equal(whole[len(whole) - end :], one[-end:]):
             return whole[len(before) : len(whole) - end]
-        return tokenizer.encode_continuation(answer["content"])  # header or end were merged with the text
+        return tokenizer.encode_continuation(written_out(answer)["content"])  # header or end were merged with the text
 
     def shown(self, result: GenerationResult) -> NDArray[np.int64]:
         """The ids of a reply as far as its reader saw it.
@@ -122,7 +129,7 @@ class TurnEncoder:
         They are the ids as generated, up to the stop string that cut the text. A token that holds the end of the text
         and the beginning of the stop string is left out, and its part of the text is encoded by itself.
         """
-        if result.stop_string is None:
+        if result.stop_string is None or result.tool_calls:
             return np.array(result.token_ids, dtype=np.int64)
         tokenizer = self._tokenizer
         structured = result.config.structure is not None
@@ -170,10 +177,15 @@ class Conversation:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     @property
+    def all_messages(self) -> tuple[ChatMessage, ...]:
+        """All messages."""
+        turns = [message for turn in self.turns for message in (*turn.new, turn.answer)]
+        return (*self.system, *turns, *self.pending)
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """All messages, as copies."""
-        turns = [message for turn in self.turns for message in (*turn.new, turn.answer)]
-        return _copies((*self.system, *turns, *self.pending))
+        return _copies(self.all_messages)
 
     def prompt(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """The ids of the prompt of a new turn, which adds these."""
@@ -193,7 +205,7 @@ class Conversation:
             TemplateError, PromptError: the chat template does not accept them.
         """
         conversation = self
-        for message in messages:
+        for message in name_results(messages, self.all_messages):
             if message["role"] == "system" and not (conversation.turns or conversation.pending):
                 conversation = replace(conversation, system=(*conversation.system, message))
             elif message["role"] == "assistant":

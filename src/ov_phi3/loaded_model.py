@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.prompt import Prompt
     from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.text.tools import Tools
 
 __all__ = ["LoadedModel"]
 
@@ -40,18 +41,25 @@ class LoadedModel:
         """What saved keys and values of this model depend on."""
         return fingerprint_of(self.info, self.tokenizer.template)
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> NDArray[np.int64]:
+    def encode(
+        self, prompt: Prompt, *, continue_final_message: bool = False, tools: Tools | None = None
+    ) -> NDArray[np.int64]:
         """Encode a prompt: token ids, int64, shape [tokens]; the chat template is applied exactly once.
 
         Args:
             prompt: any kind of prompt.
             continue_final_message: end with the text of the assistant's last message, which the reply continues.
+            tools: tools that the prompt describes.
 
         Raises:
-            ConfigError: `continue_final_message` with a prompt that is not messages.
+            ConfigError: `continue_final_message` or `tools` with a prompt that is not messages.
             PromptError, TemplateError: a prompt that cannot become token ids.
             TypeError: none of the kinds of prompt.
         """
         return encode_prompt(
-            prompt, self.tokenizer, self.info.vocab_size, continue_final_message=continue_final_message
+            prompt,
+            self.tokenizer,
+            self.info.vocab_size,
+            continue_final_message=continue_final_message,
+            tools=tools,
         )

@@ -16,10 +16,12 @@ from ov_phi3.engine.worker import OnPrefill, ReplyOptions, now
 from ov_phi3.errors import PromptError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.results import GenerationResult, Score
+from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.loaded_model import LoadedModel
 from ov_phi3.many import REQUEST_OPTIONS, OnProgress, ReplyBatch, Row
 from ov_phi3.prefix import Prefix, encode_after, load_prefix, prefill
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
+from ov_phi3.text.tools import Tools
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ov_phi3.system.devices import DeviceInfo
     from ov_phi3.text.messages import Message
     from ov_phi3.text.prompt import Prompt
+    from ov_phi3.text.tools import ToolChoice
 
 __all__ = ["Pipeline"]
 
@@ -76,6 +79,8 @@ class Pipeline:
         prefix: Prefix | None = None,
         timeout: float | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Generate a whole reply to a prompt.
@@ -94,10 +99,16 @@ class Pipeline:
                 Beam search cannot be interrupted on `backend="llm_pipeline"`.
             continue_final_message: the messages end with the assistant's, and the reply goes on with its text instead
                 of starting a new message. The result holds the new text only.
+            tools: functions that the reply may call, in the form of OpenAI's API, or their inner dicts with `name`,
+                `description` and `parameters` alone. They are described in the prompt, a string or messages. The calls
+                are `result.tool_calls`.
+            tool_choice: "auto" (default) leaves it to the model; "none" describes the tools and takes the reply as
+                text; "required", or `{"type": "function", "function": {"name": ...}}`, enforces calls by a JSON schema.
             **options: fields of `GenerationConfig`.
 
         Raises:
-            ConfigError: an unknown option, an option that contradicts another, or one that this backend does not have.
+            ConfigError: an unknown option, an option that contradicts another, one that this backend does not have, or
+                `tools` or a `tool_choice` that are not as above.
             ContextOverflowError: prompt and reply do not fit the context window.
             PromptError, TemplateError: a prompt that cannot become token ids.
             SnapshotError: a prefix of another model.
@@ -105,7 +116,7 @@ class Pipeline:
             GenerationError: the engine failed.
             ClosedError: the pipeline was closed.
         """
-        how = (prefix, on_prefill, timeout, continue_final_message)
+        how = (prefix, on_prefill, timeout, continue_final_message, Tools.of(tools, tool_choice))
         return self._submit(prompt, config, options, *how, streamed=False).result
 
     def stream(
@@ -117,10 +128,12 @@ class Pipeline:
         prefix: Prefix | None = None,
         timeout: float | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
         **options: Any,
     ) -> TokenStream:
         """Stream a reply; generation starts at once. Arguments and errors are those of `generate`."""
-        how = (prefix, on_prefill, timeout, continue_final_message)
+        how = (prefix, on_prefill, timeout, continue_final_message, Tools.of(tools, tool_choice))
         return self._submit(prompt, config, options, *how, streamed=True)
 
     def generate_many(
@@ -167,7 +180,8 @@ class Pipeline:
         ) -> TokenStream:
             how = (request.get("prefix"), on_prefill, request.get("timeout"))
             continues = request.get("continue_final_message", False)
-            return self._submit(prompt, config, {}, *how, continues, streamed=False)
+            tools = Tools.of(request.get("tools"), request.get("tool_choice"))
+            return self._submit(prompt, config, {}, *how, continues, tools, streamed=False)
 
         config = GenerationConfig.of(config, options)
         width = 2 * self.concurrency  # the next rows are encoded and queued while these run
@@ -182,6 +196,7 @@ class Pipeline:
         on_prefill: OnPrefill | None,
         timeout: float | None,
         continue_final_message: bool,
+        tools: Tools | None,
         *,
         streamed: bool,
     ) -> TokenStream:
@@ -190,9 +205,10 @@ class Pipeline:
         if on_prefill is not None and not callable(on_prefill):
             raise TypeError(f"on_prefill must be a function of two numbers, not {on_prefill!r}")
         deadline = None if timeout is None else requested + seconds("timeout", timeout)
-        config = GenerationConfig.of(config, options)
-        ids = encode_after(self._model, prompt, prefix, continue_final_message=continue_final_message)
-        return self.engine.submit(Submission(ids, config, ReplyOptions(requested, deadline, on_prefill), streamed))
+        config = constrained(GenerationConfig.of(config, options), tools)
+        ids = encode_after(self._model, prompt, prefix, continue_final_message=continue_final_message, tools=tools)
+        reply = ReplyOptions(requested, deadline, on_prefill, tools=tools)
+        return self.engine.submit(Submission(ids, config, reply, streamed))
 
     def score(
         self,
@@ -267,6 +283,7 @@ class Pipeline:
         *,
         system: str | None = None,
         messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         overflow: str = "error",
         on_cancel: str = "keep",
     ) -> Chat:
@@ -276,6 +293,7 @@ class Pipeline:
             system: a system message.
             messages: a conversation that began elsewhere, instead of `system`. Messages behind the assistant's last one
                 have no reply yet: the first turn begins with them.
+            tools: functions that replies may call, see `generate`; each turn can give its own `tool_choice`.
             overflow: what to do with a turn that no longer fits the context window. "error" raises
                 `ContextOverflowError` and leaves the conversation as it was. "drop_oldest" drops whole turns, oldest
                 first, until half of the window is free; never the system message and never the new message.
@@ -283,31 +301,51 @@ class Pipeline:
                 leaves the conversation as it was before the turn. Each turn can choose for itself.
 
         Raises:
-            ConfigError: another `overflow` or `on_cancel`, or both `system` and `messages`.
+            ConfigError: another `overflow` or `on_cancel`, both `system` and `messages`, or `tools` as for `generate`.
             TemplateError: messages that the chat template has no form for.
             ContextOverflowError: the system message alone, or the conversation, fills the context window.
             ClosedError: the pipeline was closed.
         """
         self.engine.check_open()
-        return Chat(self._model, system=system, messages=messages, overflow=overflow, on_cancel=on_cancel)
+        return Chat(
+            self._model,
+            system=system,
+            messages=messages,
+            tools=Tools.of(tools),
+            overflow=overflow,
+            on_cancel=on_cancel,
+        )
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> NDArray[np.int64]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> NDArray[np.int64]:
         """Encode a prompt as the engine receives it: token ids, int64, shape [tokens]; templated exactly once.
 
         Args:
             prompt: as for `generate`.
             continue_final_message: as for `generate`.
+            tools: as for `generate`.
 
         Raises:
-            ConfigError: `continue_final_message` with a prompt that is not messages.
+            ConfigError: `continue_final_message` or `tools` with a prompt that is not messages, or wrong `tools`.
             PromptError, TemplateError: a prompt that cannot become token ids.
             TypeError: none of the kinds of prompt.
         """
-        return self._model.encode(prompt, continue_final_message=continue_final_message)
+        return self._model.encode(prompt, continue_final_message=continue_final_message, tools=Tools.of(tools))
 
-    def count_tokens(self, prompt: Prompt, *, continue_final_message: bool = False) -> int:
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> int:
         """Number of tokens that a prompt has for the engine, chat template included. Arguments and errors: `encode`."""
-        return len(self.encode(prompt, continue_final_message=continue_final_message))
+        return len(self.encode(prompt, continue_final_message=continue_final_message, tools=tools))
 
     # -- life --------------------------------------------------------------------------------------------------------
 

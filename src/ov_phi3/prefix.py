@@ -14,7 +14,7 @@ from ov_phi3.kv import snapshot
 from ov_phi3.kv.fingerprint import check_fingerprint
 from ov_phi3.load_report import ModelWarning
 from ov_phi3.saved import read_saved
-from ov_phi3.text.prompt import as_messages
+from ov_phi3.text.prompt import as_messages, describe_tools
 from ov_phi3.text.template import Raw
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.loaded_model import LoadedModel
     from ov_phi3.text.prompt import Prompt
+    from ov_phi3.text.tools import Tools
 
 __all__ = ["Prefix", "encode_after", "load_prefix", "prefill"]
 
@@ -117,24 +118,32 @@ def load_prefix(model: LoadedModel, path: str | os.PathLike[str]) -> Prefix:
 
 
 def encode_after(
-    model: LoadedModel, prompt: Prompt, prefix: Prefix | None, *, continue_final_message: bool = False
+    model: LoadedModel,
+    prompt: Prompt,
+    prefix: Prefix | None,
+    *,
+    continue_final_message: bool = False,
+    tools: Tools | None = None,
 ) -> NDArray[np.int64]:
     """The ids of a prompt, behind those of a prefix if one is given.
 
     Raises:
-        ConfigError: the backend cannot use a prefix, or `continue_final_message` with a prompt that is not messages.
+        ConfigError: the backend cannot use a prefix, or `continue_final_message` or `tools` with a prompt that is not
+            messages.
         SnapshotError: the prefix is of another model.
         PromptError, TemplateError: a prompt that cannot become token ids.
         TypeError: `prefix` is not a `Prefix`.
     """
     if prefix is None:
-        return model.encode(prompt, continue_final_message=continue_final_message)
+        return model.encode(prompt, continue_final_message=continue_final_message, tools=tools)
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix must be a Prefix, as prefill() and load_prefix() return, not {prefix!r}")
     check_fingerprint(prefix.fingerprint, model.fingerprint, "this prefix")
     model.engine.require("saves_kv", "prefix=")
     model.engine.import_kv(prefix.entry)  # it may come from another pipeline with the same model
     before = prefix.entry.ids
+    if tools is not None:
+        prompt = describe_tools(prompt, model.tokenizer, tools)
     is_user_message = isinstance(prompt, str) and not isinstance(prompt, Raw)
     if not is_user_message or continue_final_message:
         whole = model.encode(prompt, continue_final_message=continue_final_message)

@@ -205,7 +205,9 @@ class Engine:
         if control:
             config = config.replace(stop_token_ids=(*(config.stop_token_ids or ()), *control))
         if (problem := backend.unsupported(config)) is not None:
-            raise ConfigError(problem)
+            tools = submission.reply.tools
+            enforced = tools is not None and tools.schema is not None
+            raise ConfigError(f"tool_choice is enforced by a JSON schema: {problem}" if enforced else problem)
         seeded, continued = submission.config.seed is not None, submission.continued
         request = Request(
             submission.ids,

@@ -13,6 +13,7 @@ from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
 from ov_phi3.system.failures import to_generation_error
 from ov_phi3.text.stop_strings import StopMatcher, StopWatch
+from ov_phi3.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from ov_phi3.backends.request_queue import RequestQueue, Ticket
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ov_phi3.engine.runner import Runner
     from ov_phi3.text.stream_decoder import StreamDecoder
     from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.text.tool_calls import ToolCallParser
+    from ov_phi3.text.tools import Tools
 
 __all__ = ["OnEnd", "OnPrefill", "ReplyOptions", "ReplyWorker", "now"]
 
@@ -45,12 +48,14 @@ class ReplyOptions:
         on_prefill: receives the progress of the prefill; an exception from it ends the reply and is raised to the
             consumer.
         on_end: records the result before the consumer gets it.
+        tools: the tools that the reply may call.
     """
 
     requested: float
     deadline: float | None = None
     on_prefill: OnPrefill | None = None
     on_end: OnEnd | None = None
+    tools: Tools | None = None
 
 
 class ReplyWorker:
@@ -78,6 +83,7 @@ class ReplyWorker:
         self._timed_out = False
         self._prefilled = -1
         self._decoder, self._stops = self._new_decoder(), self._new_matcher()
+        self._tool_calls = self._new_parser()
         self._control_stops = tokenizer.control_ids(request.config.stop or ())
         self._ids: list[int] = []
         self._texts: list[str] = []
@@ -126,6 +132,9 @@ class ReplyWorker:
     def _new_matcher(self) -> StopMatcher:
         config = self._request.config
         return StopMatcher(config.stop or (), include=bool(config.include_stop))
+
+    def _new_parser(self) -> ToolCallParser | None:
+        return None if self._options.tools is None else self._options.tools.parser()
 
     def _control_stop(self, ids: Sequence[int]) -> str | None:
         """The stop string that is the control token which ended these ids."""
@@ -193,15 +202,24 @@ class ReplyWorker:
         step = list(ids[: self._limit - len(self._ids)])
         self._ids += step
         self._stamps += [stamp] * len(step)
-        text = self._stops.add(self._decoder.add(step))
-        if text:
-            self._texts.append(text)
-            if self._first_text is None:
-                self._first_text = now()
+        text, calls = self._without_calls(self._stops.add(self._decoder.add(step)))
         named = [entry.with_bytes(self._tokenizer.token_bytes) for entry in logprobs[: len(step)]]
         self._logprobs += named
-        self._channel.put(StreamChunk(text, step, logprobs=named))
+        self._channel.put(StreamChunk(text, step, logprobs=named, tool_calls=calls))
         return self._stops.matched is None
+
+    def _without_calls(self, text: str, *, final: bool = False) -> tuple[str, tuple[ToolCall, ...]]:
+        """Note the next part of the text, without tool calls; also returns the calls that it completed."""
+        calls: tuple[ToolCall, ...] = ()
+        if self._tool_calls is not None:
+            before = len(self._tool_calls.calls)
+            text = self._tool_calls.add(text) + (self._tool_calls.flush() if final else "")
+            calls = tuple(self._tool_calls.calls[before:])
+        if text:
+            self._texts.append(text)
+        if (text or calls) and self._first_text is None:
+            self._first_text = now()
+        return text, calls
 
     # -- the result --------------------------------------------------------------------------------------------------
 
@@ -210,13 +228,13 @@ class ReplyWorker:
         if self._stops.matched is None:
             # What was cut off can be continued: then an incomplete character at its end belongs to the rest.
             rest = self._stops.end(self._decoder.flush(final=reason == "stop"), self._control_stop(self._ids))
-            if rest:
-                self._texts.append(rest)
-                self._first_text = self._first_text or now()
             if self._stops.matched is not None:
                 reason = "stop"
-        self._last = StreamChunk(rest, [], reason)
-        return self._result(reason, report)
+        rest, calls = self._without_calls(rest, final=True)
+        all_calls = () if self._tool_calls is None else tuple(self._tool_calls.calls)
+        reason = _with_calls(reason, all_calls)
+        self._last = StreamChunk(rest, [], reason, tool_calls=calls)
+        return replace(self._result(reason, report), tool_calls=all_calls)
 
     def _finish_reason(self, report: BackendReport | None) -> FinishReason:
         if self._stops.matched is not None:
@@ -285,9 +303,10 @@ class ReplyWorker:
         self._ids, self._texts = best.token_ids, [best.text]
         self._first_text = now()
         self._stamps = [self._first_text] * len(best.token_ids)
-        self._last = StreamChunk(best.text, best.token_ids, best.finish_reason)
+        self._last = StreamChunk(best.text, best.token_ids, best.finish_reason, tool_calls=best.tool_calls)
         report = BackendReport(hypotheses[0].hit_limit, reused_tokens=reused)
-        return self._result(best.finish_reason, report, tuple(reply for reply, _ in replies))
+        result = self._result(best.finish_reason, report, tuple(reply for reply, _ in replies))
+        return replace(result, tool_calls=best.tool_calls)
 
     def _alternative(self, hypothesis: Hypothesis) -> tuple[Alternative, str | None]:
         """One reply, cut at a stop string, and that stop string."""
@@ -301,4 +320,13 @@ class ReplyWorker:
         elif not hypothesis.hit_limit:
             reason = "loop" if hypothesis.in_loop else "stop"
         text += stops.end(decoder.flush(final=reason == "stop"), self._control_stop(ids))
-        return Alternative(text, ids, "stop" if stops.matched else reason, hypothesis.score), stops.matched
+        reason, calls = "stop" if stops.matched else reason, list[ToolCall]()
+        if (parser := self._new_parser()) is not None:
+            text, calls = parser.add(text) + parser.flush(), parser.calls
+        reason = _with_calls(reason, calls)
+        return Alternative(text, ids, reason, hypothesis.score, tuple(calls)), stops.matched
+
+
+def _with_calls(reason: FinishReason, calls: Sequence[ToolCall]) -> FinishReason:
+    """The finish reason of a reply with these calls: OpenAI's clients look for "tool_calls"."""
+    return "tool_calls" if calls and reason == "stop" else reason

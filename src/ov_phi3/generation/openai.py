@@ -45,6 +45,8 @@ def from_openai(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(key: str, value: object) -> str:
+    if key in ("tools", "tool_choice"):
+        return f"{key} is not an option: give it to generate(), stream() or chat() as {key}=."
     if key in OPENAI_NO_EFFECT:
         return f"{key}={value!r} is not supported here."
     known = (*OPENAI, *OPENAI_IGNORED, *OPENAI_NO_EFFECT)

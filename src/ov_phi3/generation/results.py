@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.metrics import Metrics
+from ov_phi3.text.tool_calls import ToolCall
 
 __all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"]
 
 _MAX_EXPONENT = 709.0  # exp of more overflows a float64
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout", "loop"]
-"""Why a reply ended: an end token or stop string, its length limit, cancellation, its `timeout`, or `stop_on_loop`."""
+FinishReason = Literal["stop", "tool_calls", "length", "cancelled", "timeout", "loop"]
+"""Why a reply ended: an end token or stop string, the same behind tool calls, its length limit, cancellation, its
+`timeout`, or `stop_on_loop`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ class StreamChunk:
         token_ids: ids of the step, one or several; the last chunk can have text and no ids.
         finish_reason: why the reply ended, on the last chunk; None on all others.
         logprobs: one for each of `token_ids` if `top_logprobs` is given; otherwise empty.
+        tool_calls: calls that this step completed; their text is not in any chunk.
     """
 
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,14 @@ class Alternative:
         token_ids: its ids, end token included.
         finish_reason: why it ended.
         score: the engine's score; higher is better.
+        tool_calls: the tools that it calls.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     score: float
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +113,10 @@ class GenerationResult:
     """A whole reply.
 
     Attributes:
-        text: the reply, without special tokens, and without the stop string unless `include_stop` is set.
+        text: the reply, without special tokens, and without the stop string unless `include_stop` is set; without the
+            text of `tool_calls`.
         token_ids: its ids as generated, end token included.
-        finish_reason: "stop", "length", "cancelled", "timeout" or "loop".
+        finish_reason: "stop", "tool_calls", "length", "cancelled", "timeout" or "loop".
         metrics: its latency.
         config: all options as used, including a drawn seed.
         prompt_token_ids: ids of the prompt.
@@ -118,6 +125,8 @@ class GenerationResult:
         dropped_messages: in a chat with `overflow="drop_oldest"`, the messages dropped to make room for this turn,
             oldest first; otherwise empty.
         logprobs: one for each of `token_ids` if `top_logprobs` is given; otherwise empty.
+        tool_calls: the tools that the reply calls, in order; () for none. A reply with calls that ended by itself has
+            the finish reason "tool_calls".
     """
 
     text: str
@@ -130,6 +139,7 @@ class GenerationResult:
     alternatives: tuple[Alternative, ...] = ()
     dropped_messages: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -144,11 +154,18 @@ class GenerationResult:
             "metrics": self.metrics.to_dict(),
             "config": self.config.to_dict(),
             "alternatives": [
-                {"text": a.text, "token_ids": a.token_ids, "finish_reason": a.finish_reason, "score": a.score}
+                {
+                    "text": a.text,
+                    "token_ids": a.token_ids,
+                    "finish_reason": a.finish_reason,
+                    "score": a.score,
+                    "tool_calls": [call.to_dict() for call in a.tool_calls],
+                }
                 for a in self.alternatives
             ],
             "dropped_messages": self.dropped_messages,
             "logprobs": [entry.to_dict() for entry in self.logprobs],
+            "tool_calls": [call.to_dict() for call in self.tool_calls],
         }
 
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Prompt", "as_messages", "check_continues", "encode_prompt"]
+    from ov_phi3.text.tools import Tools
+
+__all__ = ["Prompt", "as_messages", "check_continues", "describe_tools", "encode_prompt"]
 
 Prompt: TypeAlias = "str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]"
 """One user message, `Raw` text, the messages of a chat, or token ids of shape [tokens]."""
@@ -30,7 +32,12 @@ def as_messages(prompt: Prompt) -> Sequence[Message] | None:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: Tokenizer, vocab_size: int, *, continue_final_message: bool = False
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    *,
+    continue_final_message: bool = False,
+    tools: Tools | None = None,
 ) -> NDArray[np.int64]:
     """Encode a prompt for the engine: token ids, int64, shape [tokens].
 
@@ -41,12 +48,15 @@ def encode_prompt(
         tokenizer: encodes messages and text.
         vocab_size: a prompt of token ids may hold the ids from 0 to below this.
         continue_final_message: end with the text of the assistant's last message, which the reply continues.
+        tools: tools that the prompt describes.
 
     Raises:
-        ConfigError: `continue_final_message` with a prompt that is not messages.
+        ConfigError: `continue_final_message` or `tools` with a prompt that is not messages.
         PromptError, TemplateError: the prompt cannot become token ids, or it is empty.
         TypeError: `prompt` is none of the kinds above.
     """
+    if tools is not None:
+        prompt = describe_tools(prompt, tokenizer, tools)
     messages = as_messages(prompt)
     check_continues(messages, continue_final_message=continue_final_message)
     if messages is not None:
@@ -71,6 +81,23 @@ def encode_prompt(
     if not ids.size:
         raise PromptError("the prompt is empty; give a text, messages or token ids.")
     return ids
+
+
+def describe_tools(prompt: Prompt, tokenizer: Tokenizer, tools: Tools) -> Sequence[Message]:
+    """The messages of a prompt, with a description of tools in the form of the model's chat template.
+
+    Raises:
+        ConfigError: the prompt is `Raw` text or token ids.
+        TemplateError: as `normalize`.
+    """
+    messages, template = as_messages(prompt), tokenizer.template
+    if messages is None:
+        raise ConfigError(
+            "tools needs a prompt that is a string or a list of messages: Raw text and token ids get no description of "
+            "the tools. Give messages."
+        )
+    normal = normalize(messages, template.roles)
+    return tools.described(normal, native=template.tools, system="system" in template.roles)
 
 
 def check_continues(messages: Sequence[Message] | None, *, continue_final_message: bool) -> None:

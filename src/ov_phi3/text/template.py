@@ -20,6 +20,8 @@ from typing import NamedTuple
 from ov_phi3.errors import TemplateError, did_you_mean
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.text.messages import ChatMessage, Message, check_final, normalize
+from ov_phi3.text.tool_calls import CALL_END, CALL_START
+from ov_phi3.text.tools import calls_as_json, name_results, written_out
 
 __all__ = ["ChatTemplate", "Raw", "Segment"]
 
@@ -234,10 +236,16 @@ class ChatTemplate:
         return segments[: len(segments) - len(self._split(self.end))]
 
     def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
-        normal = normalize(messages, self.roles)
+        normal = name_results(normalize(messages, self.roles))
         return [segment for index, message in enumerate(normal) for segment in self._one_message(index, message)]
 
+    def _written_out(self, message: ChatMessage) -> ChatMessage:
+        """The message, with calls and results of tools as text if the template has no form for them."""
+        has_form = self.tools if "tool_calls" in message else message["role"] in self.roles
+        return message if has_form else written_out(message)
+
     def _one_message(self, index: int, message: ChatMessage) -> list[Segment]:
+        message = self._written_out(message)
         self._check_message(f"messages[{index}]", message)
         role, content, tools = message["role"], message["content"], message.get("tools")
         if role == "system" and self.skip_empty_system and not content:
@@ -245,6 +253,8 @@ class ChatTemplate:
         has_header = self.open_after_user and role == "assistant"
         segments = [] if has_header else self._split(self.header.format(role=role))
         segments.append(Segment(content, False))
+        if "tool_calls" in message:
+            segments += [Segment(CALL_START, True), Segment(calls_as_json(message), False), Segment(CALL_END, True)]
         if tools is not None:
             text = tools if isinstance(tools, str) else json.dumps(tools)
             segments += [Segment("<|tool|>", True), Segment(text, False), Segment("<|/tool|>", True)]
@@ -267,8 +277,6 @@ class ChatTemplate:
             raise TemplateError(f"{label} has the role {role!r}; {self._roles_help(role)}")
         if "tools" in message and not self.tools:
             raise TemplateError(f"{label} has 'tools', which the {self.name} chat template has no place for.")
-        if "tool_calls" in message:
-            raise TemplateError(f"{label} has tool_calls, which the {self.name} chat template has no form for.")
 
     def _roles_help(self, role: str) -> str:
         if role == "system":
