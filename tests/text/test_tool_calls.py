@@ -19,6 +19,7 @@ FOUND = [
     (ADD, "", [A]),
     (f" \n[{ADD},\n {NOW}]\n", "", [A, N]),
     (f"{ADD}\n{NOW}", "", [A, N]),
+    (("\n" + " " * 300).join(("", "[", ADD.replace(":", " " * 300 + ":"), "]")), "", [A]),
     (f"[{BRACES}]", "", [B]),
     (f"<|tool_call|>[{ADD}]<|/tool_call|>", "", [A]),
     (f"<|tool_call|>{BRACES}<|/tool_call|>", "", [B]),

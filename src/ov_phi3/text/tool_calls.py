@@ -191,7 +191,7 @@ def _partial_mark(text: str) -> int:
 
 def _begins_as_call(text: str) -> bool | None:
     """Whether a text begins as a call without a mark does; None if more of it is needed."""
-    compact = "".join(text[:200].split())
+    compact = "".join(text.split())  # a reply held to a schema may have any amount of white space
     openings = [f'{bracket}"{key}":' for bracket in ("[{", "{") for key in _FIRST_KEYS]
     if any(compact.startswith(opening) for opening in openings):
         return True
