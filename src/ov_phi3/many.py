@@ -37,7 +37,7 @@ OnProgress = Callable[[int, "int | None"], object]
 Start = Callable[["Prompt", GenerationConfig, "OnPrefill | None", Mapping[str, Any]], "TokenStream"]
 """Starts the reply to one row: prompt, options of the reply, progress of its prefill, options of the request."""
 
-REQUEST_OPTIONS = ("prefix", "timeout", "continue_final_message")
+REQUEST_OPTIONS = ("prefix", "timeout", "continue_final_message", "tools", "tool_choice")
 """Options of a row that are not fields of `GenerationConfig`."""
 
 _WINDOW = 1024  # rows that are read ahead and grouped

@@ -155,7 +155,8 @@ class Pipeline:
         Args:
             prompts: any iterable. A row is a prompt as for `generate`; a pair of a prompt and a dict of its options; or
                 a dict with "prompt" or "messages", and options. A row's options override those of the call, and can
-                also be `prefix`, `timeout` (counted from when the row joins the queue) and `continue_final_message`.
+                also be `prefix`, `timeout` (counted from when the row joins the queue), `continue_final_message`,
+                `tools` and `tool_choice`.
             config: how to generate; `options` override it.
             on_progress: called with the number of finished rows and the number of all rows (None for an iterable
                 without a length), in the thread that iterates. An exception from it cancels the rest and is raised.
