@@ -48,6 +48,8 @@ def test_only_one_text_is_possible(
         ({"json_schema": {"type": "object", "properties": {"é1": {"type": "integer"}}}}, "'é1'"),
         ({"json_schema": {"anyOf": [{"const": {"x": ["naïf", "ïf"]}}]}}, "'ïf'"),
         ({"grammar": 'root ::= "ß" | "üb"'}, "'üb'"),
+        ({"grammar": 'root ::= "x <|end|>"'}, "'<|end|>'"),
+        ({"json_schema": {"enum": ["<|end|>"]}}, "'<|end|>'"),
         ({"regex": "a|b", "num_return_sequences": 3, "temperature": 1.0}, "num_return_sequences=3"),
         ({"regex": "a|b", "ignore_eos": True}, "ignore_eos=True"),
     ],

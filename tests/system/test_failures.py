@@ -124,6 +124,8 @@ def test_a_failure_while_generating() -> None:
     error = to_generation_error(RuntimeError("[12:34:56] /src/regex.cc:75: Regex parsing error"), "regex")
     assert type(error) is ConfigError
     assert str(error) == "regex was not accepted: Regex parsing error."
+    error = to_generation_error(RuntimeError("std::bad_alloc"), "json_schema")  # not the schema's fault
+    assert type(error) is GenerationError
 
 
 def test_a_failure_while_loading_a_damaged_file_is_a_model_error(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ __all__ = ["unsupported_structure"]
 
 # XGrammar writes these letters as "\xE4" and reads a hexadecimal digit behind them as part of the number.
 _MISREAD = re.compile("[\u0080-\u00ff][0-9a-fA-F]")
+# A literal that names a control token is obeyed with that token, which is no text.
+_CONTROL = re.compile(r"<\|\w+\|>|</?s>|<unk>")
 _NOT_LITERAL = frozenset({"pattern", "title", "description", "$comment", "examples", "default"})
 
 
@@ -38,6 +40,8 @@ def _problem(config: GenerationConfig, kind: str) -> str | None:
     text = getattr(config, kind)
     literals = _literals(json.loads(text)) if kind == "json_schema" else iter((text,) if kind == "grammar" else ())
     for literal in literals:
+        if found := _CONTROL.search(literal):
+            return f"{kind} contains {found[0]!r}: backend='llm_pipeline' would take a control token for it."
         if found := _MISREAD.search(literal):
             return (
                 f"{kind} contains {found[0]!r} (in {literal[:60]!r}): backend='llm_pipeline' would read the letter and "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.backends.protocol import BackendReport, CallbackFailed, Cancelled, Hypothesis, Request
+from ov_phi3.engine.structured import parsed_reply
 from ov_phi3.errors import Error
 from ov_phi3.generation.metrics import Metrics
 from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, StreamChunk, TokenLogprob
@@ -290,7 +291,14 @@ class ReplyWorker:
             stop_string=self._stops.matched,
             alternatives=alternatives,
             logprobs=self._logprobs,
+            parsed=self._parsed("".join(self._texts), self._ids, reason, self._stops.matched),
         )
+
+    def _parsed(self, text: str, ids: Sequence[int], reason: FinishReason, stop_string: str | None) -> Any:
+        """The value of a structured reply, which is checked unless something cut it off."""
+        request = self._request
+        by_caller = stop_string is not None or bool(ids and ids[-1] in set(request.stop_ids) - set(request.end_ids))
+        return parsed_reply(request.config, text, whole=reason == "stop" and not by_caller)
 
     # -- several replies to one prompt -------------------------------------------------------------------------------
 
@@ -323,8 +331,9 @@ class ReplyWorker:
         reason, calls = "stop" if stops.matched else reason, list[ToolCall]()
         if (parser := self._new_parser()) is not None:
             text, calls = parser.add(text) + parser.flush(), parser.calls
+        parsed = self._parsed(text, ids, reason, stops.matched)
         reason = _with_calls(reason, calls)
-        return Alternative(text, ids, reason, hypothesis.score, tuple(calls)), stops.matched
+        return Alternative(text, ids, reason, hypothesis.score, tuple(calls), parsed), stops.matched
 
 
 def _with_calls(reason: FinishReason, calls: Sequence[ToolCall]) -> FinishReason:

@@ -66,7 +66,7 @@ _CHANGING_LOGITS = (
 )
 INFER_REQUEST_OPTIONS = (
     *("typical_p", "top_n_sigma", "xtc_probability", "dry_multiplier", "bad_words", "stop_on_loop"),
-    *("logit_bias", "logits_processors", "top_logprobs", "speculation"),
+    *("logit_bias", "logits_processors", "top_logprobs", "speculation", "json_whitespace"),
     *(name for names in PARTS.values() for name in names),
 )
 """Options that only `backend="infer_request"` has; as it has `no_repeat_ngram_size` without beams."""
@@ -119,7 +119,8 @@ class GenerationConfig:
             these ids in this order (needs `backend="infer_request"`, as does the next one).
         stop_on_loop: (window, repeats) ends a reply with finish reason "loop" when the same part, of at most `window`
             tokens, has come `repeats` times in a row.
-        json_schema: the reply is JSON of this schema (a dict, or its text).
+        json_schema: the reply is JSON of this schema: a dict, its text, or a pydantic model class.
+        json_whitespace: allow white space between the parts of the JSON (needs `backend="infer_request"`; default: no).
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
         num_assistant_tokens: drafts per step of prompt lookup; on `llm_pipeline` for a pipeline loaded with
@@ -174,7 +175,8 @@ class GenerationConfig:
     stop_criteria: str | None = None
     bad_words: Sequence[str | Sequence[int]] | str | None = None
     stop_on_loop: tuple[int, int] | Sequence[int] | None = None
-    json_schema: dict[str, Any] | str | None = None
+    json_schema: dict[str, Any] | str | type[Any] | None = None
+    json_whitespace: bool | None = None
     regex: str | None = None
     grammar: str | None = None
     num_assistant_tokens: int | None = None
@@ -300,7 +302,7 @@ class GenerationConfig:
         if own.get("speculation") == "auto":
             inherited = {k: v for k, v in inherited.items() if k not in lookup}
         if any(name in own for name in STRUCTURED):
-            inherited = {k: v for k, v in inherited.items() if k not in STRUCTURED}
+            inherited = {k: v for k, v in inherited.items() if k not in (*STRUCTURED, "json_whitespace")}
         return GenerationConfig(**{**inherited, **own})
 
     def resolve(self, model: GenerationConfig | None = None, *, room: int, prompt_tokens: int = 0) -> GenerationConfig:

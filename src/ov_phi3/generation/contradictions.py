@@ -66,6 +66,8 @@ def check(config: _Options) -> None:
         raise contradiction(config.show("speculation"), config.show("num_assistant_tokens"), reason)
     if config.max_ngram_size is not None and config.num_assistant_tokens is None:
         raise ConfigError("max_ngram_size belongs to prompt lookup: give num_assistant_tokens too.")
+    if config.json_whitespace is not None and config.json_schema is None:
+        raise ConfigError(f"{config.show('json_whitespace')} belongs to json_schema: give a schema too.")
 
 
 def check_resolved(config: _Options) -> None:

@@ -37,7 +37,7 @@ def to_genai(options: Mapping[str, Any], *, do_sample: bool) -> Any:
             continue  # greedy: do_sample is False
         setattr(config, field, value)
     config.do_sample = do_sample
-    structure = {name: options[name] for name in GENAI[_STRUCTURED_OUTPUT].split(", ") if name in options}
+    structure = {name: str(options[name]) for name in GENAI[_STRUCTURED_OUTPUT].split(", ") if name in options}
     if structure:
         config.structured_output_config = openvino_genai.StructuredOutputConfig(**structure)
     return config

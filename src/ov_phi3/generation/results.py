@@ -99,6 +99,7 @@ class Alternative:
         finish_reason: why it ended.
         score: the engine's score; higher is better.
         tool_calls: the tools that it calls.
+        parsed: see `GenerationResult`.
     """
 
     text: str
@@ -106,6 +107,7 @@ class Alternative:
     finish_reason: FinishReason
     score: float
     tool_calls: tuple[ToolCall, ...] = ()
+    parsed: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class GenerationResult:
         logprobs: one for each of `token_ids` if `top_logprobs` is given; otherwise empty.
         tool_calls: the tools that the reply calls, in order; () for none. A reply with calls that ended by itself has
             the finish reason "tool_calls".
+        parsed: with `json_schema`, the value of the JSON, or an object of the pydantic model class; None without a
+            schema, and if the reply was cut off.
     """
 
     text: str
@@ -140,6 +144,7 @@ class GenerationResult:
     dropped_messages: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     tool_calls: tuple[ToolCall, ...] = ()
+    parsed: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

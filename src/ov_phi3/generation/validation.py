@@ -17,6 +17,7 @@ from typing import Any
 
 from ov_phi3.checks import whole_number
 from ov_phi3.errors import ConfigError
+from ov_phi3.generation.json_schema import SchemaText
 
 __all__ = [
     "BOOLEANS",
@@ -85,7 +86,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Option -> the words that it may be."""
 
-BOOLEANS = ("ignore_eos", "include_stop", "do_sample")
+BOOLEANS = ("ignore_eos", "include_stop", "do_sample", "json_whitespace")
 """Boolean options."""
 
 _EXCLUSIVE_BOUNDS = {
@@ -344,21 +345,31 @@ def processors(value: object) -> tuple[Callable[..., Any], ...] | None:
 
 
 def schema_text(value: object) -> str | None:
-    """Check a JSON schema, a mapping or text, and return it as text, which the engine takes and which can be hashed.
+    """Check a JSON schema and return it as text, which the engine takes and which can be hashed.
+
+    Args:
+        value: a mapping, text, or a class with `model_json_schema` and `model_validate` (pydantic's models), which a
+            `SchemaText` then holds.
 
     Raises:
         ConfigError: it is not a JSON object, or the engine cannot take one of its characters.
-        TypeError: the value is neither a mapping nor a string.
+        TypeError: the value is of another type.
     """
-    if value is None:
-        return None
+    if value is None or isinstance(value, SchemaText):
+        return value
+    if isinstance(value, type) and hasattr(value, "model_json_schema") and hasattr(value, "model_validate"):
+        try:
+            schema = value.model_json_schema()
+        except Exception as exc:
+            raise ConfigError(f"json_schema: {value.__name__} has no JSON schema: {exc}.") from exc
+        return SchemaText(schema_text(schema) or "", value)
     if isinstance(value, Mapping):
         try:
             value = json.dumps(value)
         except (TypeError, ValueError, RecursionError) as exc:
             raise ConfigError(f"json_schema cannot be written as JSON: {exc}.") from exc
     if not isinstance(value, str):
-        raise TypeError(f"json_schema must be a dict or its JSON text, not {type(value).__name__}")
+        raise TypeError(f"json_schema must be a dict, its JSON text or a pydantic model class, not {_kind(value)}")
     try:
         schema = json.loads(value)
     except (ValueError, RecursionError) as exc:
@@ -367,3 +378,7 @@ def schema_text(value: object) -> str | None:
         raise ConfigError(f"json_schema must be a JSON object, not {value[:40]!r}.")
     _check_characters("json_schema", value)
     return value
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -78,7 +78,7 @@ def to_generation_error(error: BaseException, structure: str | None = None) -> C
             one and the backend failed before the first token; then the option's value is the likely cause.
     """
     message = essential_message(error)
-    if structure is not None:
+    if structure is not None and not _is_out_of_memory(error):
         return ConfigError(f"{structure} was not accepted: {message}")
     return GenerationError(f"the engine failed: {message} The pipeline can still be used.")
 
@@ -129,7 +129,7 @@ def to_device_error(
 
 
 def _advice(error: BaseException, lower: str, device: DeviceInfo | str, probe: Probe | None) -> str:
-    if isinstance(error, MemoryError) or any(sign in lower for sign in _OUT_OF_MEMORY):
+    if _is_out_of_memory(error):
         return _memory_advice(lower, device)
     if any(sign in lower for sign in _NO_GPU):
         return explain_missing_gpu(probe)
@@ -140,6 +140,11 @@ def _advice(error: BaseException, lower: str, device: DeviceInfo | str, probe: P
     if "is not registered" in lower or "cannot load library" in lower:
         return "OpenVINO's plugin for this device does not load: pip install --force-reinstall openvino."
     return "The device could not run the model. Run 'ov-phi3 doctor', and check whether device='CPU' runs it."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    lower = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in lower for sign in _OUT_OF_MEMORY)
 
 
 def _memory_advice(lower: str, device: DeviceInfo | str) -> str:

@@ -252,7 +252,12 @@ class Tokenizer:
         _check_encodable(text)
         ids = self._graph.encode([text], continues=True)[0]
         if self._is_unsafe(text, ids):  # then no two characters may meet
-            ids = [i for single in self._graph.encode(list(text), continues=True) for i in single]
+            singles = self._graph.encode(list(text), continues=True)
+            ids = [
+                i
+                for character, single in zip(text, singles, strict=True)
+                for i in (self._mark_ids if self._mark_ids and character == _MARK else single)
+            ]
         return np.array(ids, dtype=np.int64)
 
     # -- to text -----------------------------------------------------------------------------------------------------

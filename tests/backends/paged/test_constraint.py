@@ -22,6 +22,7 @@ EXACT: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": {"enum": ["größe"]}}, '"größe"'),
     ({"json_schema": {"const": {"größe": 1}}}, '{"größe":1}'),
     ({"grammar": 'root ::= "the " "größe" "!"'}, "the größe!"),
+    ({"json_schema": {"const": ["\u2581mark", " x"]}}, '["\u2581mark"," x"]'),
 ]
 
 

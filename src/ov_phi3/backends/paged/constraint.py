@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.text.tokenizer import Tokenizer
 
-__all__ = ["Constraint", "ConstraintCompiler"]
+__all__ = ["Constraint", "ConstraintCompiler", "matches"]
 
 _CACHED = 64  # compiled grammars
 
@@ -105,9 +105,10 @@ class ConstraintCompiler:
         kind = config.structure
         if kind is None:
             return None
-        return Constraint(self._compile(kind, getattr(config, kind)).deep_copy(), self._vocab_size)
+        matcher = self._compile(kind, str(getattr(config, kind)), bool(config.json_whitespace))
+        return Constraint(matcher.deep_copy(), self._vocab_size)
 
-    def _compile_grammar(self, kind: str, text: str) -> Any:
+    def _compile_grammar(self, kind: str, text: str, white_space: bool) -> Any:
         if importlib.util.find_spec("llguidance") is None:
             raise ConfigError(
                 f"{kind} with backend='infer_request' needs the package llguidance (extra 'structured'): "
@@ -116,12 +117,17 @@ class ConstraintCompiler:
         import llguidance
 
         try:
-            grammar = _grammar(kind, text)
+            grammar = _grammar(kind, text, white_space=white_space)
         except Exception as exc:  # llguidance's converter raises plain exceptions
             raise ConfigError(f"{kind} was not accepted: {_one_line(str(exc))}.") from exc
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"{kind} was not accepted: {_one_line(matcher.get_error())}.")
+        try:
+            # Now and not at the first token: a structure that nothing satisfies shows in its first mask.
+            Constraint(matcher.deep_copy(), self._vocab_size).allowed()
+        except GenerationError as exc:
+            raise ConfigError(f"{kind} was not accepted: no reply satisfies it, or it is too complex.") from exc
         return matcher
 
     @functools.cached_property
@@ -155,17 +161,37 @@ class _Vocabulary:
         return ids
 
 
-def _grammar(kind: str, text: str) -> str:
+def _grammar(kind: str, text: str, *, white_space: bool = False) -> str:
     """A structure in llguidance's own form."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     if kind == "json_schema":
-        # Compact: small models fill a reply with white space if they may.
-        return LLMatcher.grammar_from_json_schema(json.loads(text), defaults={"whitespace_flexible": False})
+        # Compact by default: small models fill a reply with white space if they may.
+        return LLMatcher.grammar_from_json_schema(json.loads(text), defaults={"whitespace_flexible": white_space})
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     return LLMatcher.grammar_from_lark(any_to_lark(text))
+
+
+def matches(kind: str, text: str, reply: str) -> bool | None:
+    """Whether a whole reply satisfies a regular expression or a grammar; None if llguidance is missing or cannot tell.
+
+    Its matcher runs in linear time, with a vocabulary of single bytes.
+    """
+    if importlib.util.find_spec("llguidance") is None:
+        return None
+    import llguidance
+
+    try:
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), _grammar(kind, text), log_level=0)
+    except Exception:  # noqa: BLE001 - a syntax that only the other backend reads
+        return None
+    if matcher.is_error():
+        return None
+    data = list(reply.encode())
+    consumed = matcher.try_consume_tokens(data)
+    return bool(consumed == len(data) and matcher.is_accepting())
 
 
 def _one_line(text: str) -> str:
