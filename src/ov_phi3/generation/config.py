@@ -120,7 +120,7 @@ class GenerationConfig:
         stop_on_loop: (window, repeats) ends a reply with finish reason "loop" when the same part, of at most `window`
             tokens, has come `repeats` times in a row.
         json_schema: the reply is JSON of this schema: a dict, its text, or a pydantic model class.
-        json_whitespace: allow white space between the parts of the JSON (needs `backend="infer_request"`; default: no).
+        json_whitespace: allow white space between the parts of the JSON (needs `backend="infer_request"`); default: no.
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
         num_assistant_tokens: drafts per step of prompt lookup; on `llm_pipeline` for a pipeline loaded with
