@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bad_words": {"bad_words": ["a bad word"]},
     "stop_on_loop": {"stop_on_loop": (4, 4)},
     "json_schema": {"json_schema": {"enum": ["a"]}},
+    "json_whitespace": {"json_schema": {"enum": ["a"]}, "json_whitespace": True},
     "regex": {"regex": "[ab]c"},
     "grammar": {"grammar": 'root ::= "ab"'},
     "num_assistant_tokens": {"num_assistant_tokens": 2, "max_ngram_size": 2},
@@ -95,7 +96,9 @@ _CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]] 
     (tuple(name for name in _LOGITS if name not in _DRY), _BEAM, ("", "num_beams")),
     (_DRY, _BEAM, ("dry_multiplier", "num_beams")),
     (_STRUCTURED, _STRUCTURED, ("", "")),
+    (("json_whitespace",), ("regex", "grammar"), ("json_schema", "")),
     (_STRUCTURED, _BEAM, ("", "num_beams")),
+    (("json_whitespace",), _BEAM, ("json_schema", "num_beams")),
     (("top_logprobs",), _BEAM, ("top_logprobs", "num_beams")),
     (("top_logprobs",), ("num_return_sequences",), ("top_logprobs", "num_return_sequences")),
     (ASSISTED, _BEAM, ("assistant", "num_beams")),
@@ -105,7 +108,7 @@ _CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]] 
 
 _OWN = (
     *("logit_bias", "logits_processors", "top_logprobs", "bad_words", "stop_on_loop"),
-    *("typical_p", "top_n_sigma", "xtc_probability"),
+    *("typical_p", "top_n_sigma", "xtc_probability", "json_whitespace"),
 )
 _PARTS_OF = (("xtc_threshold",), "xtc_probability"), (_DRY, "dry_multiplier")
 
