@@ -123,16 +123,14 @@ class GenerationConfig:
         json_whitespace: allow white space between the parts of the JSON (needs `backend="infer_request"`); default: no.
         regex: the reply matches this regular expression.
         grammar: the reply follows this EBNF grammar.
-        num_assistant_tokens: drafts per step of prompt lookup; on `llm_pipeline` for a pipeline loaded with
-            `prompt_lookup=True`.
+        num_assistant_tokens: drafts per step of prompt lookup; on `llm_pipeline` it needs `load(prompt_lookup=True)`.
         assistant_confidence_threshold: select candidates by confidence instead of by number (draft models).
         max_ngram_size: longest n-gram that prompt lookup searches for in the prompt.
         logit_bias: numbers added to the logits of token ids, as a dict; minus infinity excludes a token (needs
             `backend="infer_request"`, as do the next two).
         logits_processors: functions of (ids, logits) that return the logits: ids are int64 of shape [tokens], prompt
             and reply so far; logits are float32 of shape [vocabulary] and may be changed in place. They run in order,
-            after penalties and bias, before temperature. An exception in one ends the reply and is raised to the
-            caller.
+            after penalties and bias, before temperature. An exception in one ends the reply and is raised.
         top_logprobs: log-probabilities of each token of the reply, and of this many most likely tokens, 0 to 20.
         speculation: "auto" guesses the next tokens from earlier text where that is faster (needs "infer_request").
 
