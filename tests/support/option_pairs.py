@@ -60,6 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": {7: 1.0}},
     "logits_processors": {"logits_processors": [lambda _, logits: logits]},
     "top_logprobs": {"top_logprobs": 2},
+    "speculation": {"speculation": "auto"},
 }
 """Option, or option=value -> valid options that include it."""
 
@@ -102,13 +103,14 @@ _CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str]]] 
     (("top_logprobs",), _BEAM, ("top_logprobs", "num_beams")),
     (("top_logprobs",), ("num_return_sequences",), ("top_logprobs", "num_return_sequences")),
     (ASSISTED, _BEAM, ("assistant", "num_beams")),
+    (("speculation",), ("num_assistant_tokens", "max_ngram_size"), ("speculation", "num_assistant_tokens")),
     (("num_assistant_tokens", "max_ngram_size"), ("assistant_confidence_threshold",), ("num_assistant_tokens", "")),
 ]
 """Options on one side, options on the other, and the names in the error: "" is the option itself."""
 
 _OWN = (
     *("logit_bias", "logits_processors", "top_logprobs", "bad_words", "stop_on_loop"),
-    *("typical_p", "top_n_sigma", "xtc_probability", "json_whitespace"),
+    *("typical_p", "top_n_sigma", "xtc_probability", "json_whitespace", "speculation"),
 )
 _PARTS_OF = (("xtc_threshold",), "xtc_probability"), (_DRY, "dry_multiplier")
 
@@ -128,7 +130,7 @@ _REFUSALS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, str
         (("assistant_confidence_threshold",), (), ("", "prompt_lookup")),
         ((*_BEAM, "num_return_sequences"), (), ("num_", "speculative decoding")),
     ],
-    "infer_request": [(ASSISTED, (), ("assistant", "llm_pipeline"))],
+    "infer_request": [(("assistant_confidence_threshold",), (), ("assistant", "llm_pipeline"))],
 }
 """What one pipeline refuses: an option beside any other, or beside those of the second column."""
 

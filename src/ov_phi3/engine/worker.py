@@ -331,8 +331,8 @@ class ReplyWorker:
         reason, calls = "stop" if stops.matched else reason, list[ToolCall]()
         if (parser := self._new_parser()) is not None:
             text, calls = parser.add(text) + parser.flush(), parser.calls
-        parsed = self._parsed(text, ids, reason, stops.matched)
         reason = _with_calls(reason, calls)
+        parsed = self._parsed(text, ids, reason, stops.matched)
         return Alternative(text, ids, reason, hypothesis.score, tuple(calls), parsed), stops.matched
 
 
