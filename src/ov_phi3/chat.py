@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.checks import whole_number
-from ov_phi3.conversation import Conversation, Turn, TurnEncoder, check_turn, user_message
+from ov_phi3.conversation import Added, Conversation, Turn, TurnEncoder, check_turn, user_message
 from ov_phi3.engine.engine import Submission
 from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import ReplyOptions, now
@@ -177,7 +177,8 @@ class Chat:
             conversation = self._now().with_messages(messages, self._encoder)
             check_turn(conversation.pending)
             conversation, added, dropped = self._fit_to_window(conversation, config)
-            turn = Turn(conversation.pending, ChatMessage(role="assistant", content=""), added, added[:0])
+            answer = ChatMessage(role="assistant", content="")
+            turn = Turn(conversation.pending, answer, added.ids, added.ids[:0], added.whole)
             reply = ReplyOptions(
                 requested,
                 deadline=None if timeout is None else requested + seconds("timeout", timeout),
@@ -339,7 +340,7 @@ class Chat:
 
     def _fit_to_window(
         self, conversation: Conversation, config: GenerationConfig
-    ) -> tuple[Conversation, NDArray[np.int64], tuple[Turn, ...]]:
+    ) -> tuple[Conversation, Added, tuple[Turn, ...]]:
         """The conversation that a turn continues, the ids that its messages add, and the turns dropped for it."""
         new = conversation.pending
         added = self._encoder.added(conversation, new)
@@ -355,7 +356,7 @@ class Chat:
             self._check_fits_alone(new, least, "the new message")
         # Each drop changes the ids right behind the system message, so that all that stays is prefilled again. Dropping
         # down to half of the window means that this happens once in many turns.
-        most = min(window - room, window // 2) - len(added)
+        most = min(window - room, window // 2) - (0 if added.whole else len(added.ids))
         count = conversation.oldest_to_drop(most, self._encoder, keep_last=answers_tools)
         shorter = conversation.without_oldest(count, self._encoder)
         _log.info("dropped the %d oldest turns of a chat; %d stay", count, len(shorter.turns))

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ov_phi3.text.tokenizer import Tokenizer
     from ov_phi3.text.tools import Tools
 
-__all__ = ["Conversation", "Turn", "TurnEncoder", "check_turn", "user_message"]
+__all__ = ["Added", "Conversation", "Turn", "TurnEncoder", "check_turn", "user_message"]
 
 
 def user_message(text: str) -> tuple[ChatMessage, ...]:
@@ -47,12 +47,15 @@ class Turn:
         added: ids from the end of the previous reply, or from the start of the conversation, to the reply; int64,
             shape [tokens]. The first turn's hold the system message too.
         reply: ids of the reply as generated, end token included; int64, shape [tokens].
+        whole: `added` is the whole prompt, because the chat template writes the earlier turns otherwise by now. The ids
+            of earlier turns are then those of the conversation as it was.
     """
 
     new: tuple[ChatMessage, ...]
     answer: ChatMessage
     added: NDArray[np.int64]
     reply: NDArray[np.int64]
+    whole: bool = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -63,6 +66,18 @@ class Turn:
     def answers_tools(self) -> bool:
         """Whether it begins with the result of a tool, which belongs to the reply before."""
         return bool(self.new) and self.new[0]["role"] == "tool"
+
+
+class Added(NamedTuple):
+    """The ids that new messages add to a conversation.
+
+    Attributes:
+        ids: int64, shape [tokens].
+        whole: they are the whole prompt, see `Turn.whole`.
+    """
+
+    ids: NDArray[np.int64]
+    whole: bool = False
 
 
 class TurnEncoder:
@@ -98,13 +113,22 @@ class TurnEncoder:
             return self._tokenizer.encode_segments(template.beginning(()) + template.following(()))
         return self._tokenizer.encode_messages(messages)
 
-    def next(self, new: Sequence[ChatMessage]) -> NDArray[np.int64]:
-        """Ids behind a reply without its end token: the template's end of a reply, and new messages."""
-        return self._tokenizer.encode_segments(self._tokenizer.template.continuation(new))
+    def added(self, conversation: Conversation, new: Sequence[ChatMessage]) -> Added:
+        """What messages add to a conversation.
 
-    def added(self, conversation: Conversation, new: Sequence[ChatMessage]) -> NDArray[np.int64]:
-        """Ids that messages add to a conversation."""
-        return self.next(new) if conversation.turns else self.first(conversation.system, new)
+        Behind a reply, these are the template's end of the reply and the new messages. A template that writes earlier
+        turns otherwise by now, for instance without their reasoning, gives the whole prompt instead.
+        """
+        if not conversation.turns:
+            return Added(self.first(conversation.system, new))
+        tokenizer, history = self._tokenizer, conversation.answered
+        segments = tokenizer.template.continuation(new, history)
+        if segments is None:
+            return Added(tokenizer.encode_messages([*history, *new]), True)
+        if segments and not segments[0].control:  # text right behind the reply
+            text = tokenizer.encode_continuation(segments[0].text)
+            return Added(np.concatenate([text, tokenizer.encode_segments(segments[1:])]))
+        return Added(tokenizer.encode_segments(segments))
 
     def reply(self, answer: ChatMessage) -> NDArray[np.int64]:
         """Ids of an assistant's message that was not generated here, as they lie in the rendered conversation.
@@ -171,28 +195,40 @@ class Conversation:
     @cached_property
     def ids(self) -> NDArray[np.int64]:
         """All token ids, int64, shape [tokens]."""
-        parts = [part for turn in self.turns for part in (turn.added, turn.reply)]
+        parts = [part for turn in self.turns[self._start :] for part in (turn.added, turn.reply)]
         # A reply's own end token goes when a turn follows it.
         parts[1:-1:2] = [self._without_end(reply) for reply in parts[1:-1:2]]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     @property
+    def _start(self) -> int:
+        """Index of the turn with which the ids begin: the last one that rendered the whole prompt, or the first."""
+        return max((index for index, turn in enumerate(self.turns) if turn.whole), default=0)
+
+    @property
+    def answered(self) -> tuple[ChatMessage, ...]:
+        """All messages but the pending ones."""
+        turns = [message for turn in self.turns for message in (*turn.new, turn.answer)]
+        return (*self.system, *turns)
+
+    @property
     def all_messages(self) -> tuple[ChatMessage, ...]:
         """All messages."""
-        turns = [message for turn in self.turns for message in (*turn.new, turn.answer)]
-        return (*self.system, *turns, *self.pending)
+        return (*self.answered, *self.pending)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """All messages, as copies."""
         return _copies(self.all_messages)
 
-    def prompt(self, added: NDArray[np.int64]) -> NDArray[np.int64]:
+    def prompt(self, added: Added) -> NDArray[np.int64]:
         """The ids of the prompt of a new turn, which adds these."""
+        if added.whole:
+            return added.ids
         ids = self.ids
         if self.turns and len(self.turns[-1].reply):  # behind an empty reply, the last id is that of a header
             ids = self._without_end(ids)
-        return np.concatenate([ids, added])
+        return np.concatenate([ids, added.ids])
 
     def with_turn(self, turn: Turn, reused_tokens: int) -> Conversation:
         """With one more turn, which has answered the pending messages."""
@@ -210,7 +246,8 @@ class Conversation:
                 conversation = replace(conversation, system=(*conversation.system, message))
             elif message["role"] == "assistant":
                 new = conversation.pending
-                turn = Turn(new, message, encoder.added(conversation, new), encoder.reply(message))
+                added = encoder.added(conversation, new)
+                turn = Turn(new, message, added.ids, encoder.reply(message), added.whole)
                 conversation = conversation.with_turn(turn, conversation.reused_tokens)
             else:
                 conversation = replace(conversation, pending=(*conversation.pending, message))
@@ -223,8 +260,15 @@ class Conversation:
         return replace(self, turns=self.turns[: len(self.turns) - turns], pending=())
 
     def without_oldest(self, count: int, encoder: TurnEncoder) -> Conversation:
-        """Without the oldest turns. Only the turn that becomes the first one is encoded again."""
+        """Without the oldest turns. Only the turn that becomes the first one is encoded again, and whole prompts."""
         rest = self.turns[count:]
+        if count and any(turn.whole for turn in rest):
+            shorter = replace(self, turns=(), dropped_turns=self.dropped_turns + count)
+            for turn in rest:
+                added = encoder.added(shorter, turn.new)
+                ended = replace(turn, added=added.ids, whole=added.whole)
+                shorter = replace(shorter, turns=(*shorter.turns, ended))
+            return shorter
         if count and rest:
             rest = (replace(rest[0], added=encoder.first(self.system, rest[0].new)), *rest[1:])
         return replace(self, turns=rest, dropped_turns=self.dropped_turns + count)
@@ -239,7 +283,11 @@ class Conversation:
             encoder: encodes the turn that becomes the first one.
             keep_last: the next turn answers tools that the last one called, so that one stays in any case.
         """
-        tokens = np.array([len(turn.added) + len(self._without_end(turn.reply)) for turn in self.turns])
+        tokens, before = np.zeros(len(self.turns), np.int64), 0
+        for index, turn in enumerate(self.turns):
+            added = max(len(turn.added) - before, 0) if turn.whole else len(turn.added)
+            tokens[index] = added + len(self._without_end(turn.reply))
+            before += int(tokens[index])
         from_turn = np.append(np.cumsum(tokens[::-1])[::-1], 0)  # tokens of this turn and all later ones
         largest = 0
         for count in range(1, len(self.turns)):
@@ -248,7 +296,7 @@ class Conversation:
                 continue
             largest = count
             # Encoded only if the later turns leave room, which happens once or twice.
-            behind = int(from_turn[count]) - len(first.added)
+            behind = int(from_turn[count]) - (0 if first.whole else len(first.added))
             if behind <= most and behind + len(encoder.first(self.system, first.new)) <= most:
                 return count
         return largest if keep_last else len(self.turns)
@@ -261,9 +309,13 @@ class Conversation:
         """
         if tokens == len(self.ids):
             return self
-        turns: list[Turn] = []
+        start = self._start
+        if start and tokens <= len(self.turns[start].added):
+            earlier = replace(self, turns=self.turns[:start], pending=())
+            return earlier.truncate(min(tokens, len(earlier.ids)), decode)
+        turns = list(self.turns[:start])
         left = tokens
-        for turn in self.turns:
+        for turn in self.turns[start:]:
             left -= len(turn.added)
             if left < 1:
                 break
@@ -285,6 +337,8 @@ class Conversation:
         return {
             "system": _copies(self.system),
             "turns": [[_copies(turn.new), *_copies((turn.answer,)), turn.reply.tolist()] for turn in self.turns],
+            # A chat template with the date in it gives other ids tomorrow.
+            "added": [[turn.added.tolist(), turn.whole] for turn in self.turns],
             "pending": _copies(self.pending),
             "dropped": self.dropped_turns,
         }
@@ -293,9 +347,10 @@ class Conversation:
     def from_dict(
         cls, values: Mapping[str, Any], encoder: TurnEncoder, end_ids: Collection[int], vocab_size: int
     ) -> Conversation:
-        """From what `to_dict` gave; encodes every message but the replies once.
+        """From what `to_dict` gave.
 
-        Values in which system message, user's message and reply are texts are those of earlier versions.
+        Values in which system message, user's message and reply are texts are those of earlier versions. Where the ids
+        that turns added are missing, their messages are encoded.
 
         Raises:
             KeyError, TypeError, ValueError: not such values.
@@ -306,13 +361,15 @@ class Conversation:
         conversation = cls(
             _saved_messages(system, "system", encoder), frozenset(end_ids), dropped_turns=int(values["dropped"])
         )
-        for saved_new, saved_answer, reply in rows:
+        saved_ids = values.get("added") or [None] * len(rows)
+        for (saved_new, saved_answer, reply), ids in zip(rows, saved_ids, strict=True):
             new = _saved_messages(saved_new, "user", encoder)
             (answer,) = _saved_messages(saved_answer, "assistant", encoder)
             if not reply and answer["content"]:
                 raise TypeError("a reply has ids")
-            added = encoder.added(conversation, new)
-            conversation = conversation.with_turn(Turn(new, answer, added, as_ids(reply, vocab_size)), 0)
+            added = encoder.added(conversation, new) if ids is None else Added(as_ids(ids[0], vocab_size), bool(ids[1]))
+            turn = Turn(new, answer, added.ids, as_ids(reply, vocab_size), added.whole)
+            conversation = conversation.with_turn(turn, 0)
         return replace(conversation, pending=_saved_messages(values.get("pending"), "user", encoder))
 
 

@@ -22,7 +22,7 @@ from ov_phi3.engine.engine import Engine
 from ov_phi3.engine.limits import Limits
 from ov_phi3.engine.longrope import LongRope
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Runner
-from ov_phi3.errors import ConfigError, Error, ModelError, TemplateError
+from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.hf import from_hf
 from ov_phi3.kv.layout import inference_precision
@@ -34,7 +34,6 @@ from ov_phi3.pipeline import Pipeline
 from ov_phi3.system import devices, versions
 from ov_phi3.system.core import few_kernels, give_memory_back
 from ov_phi3.system.properties import merge_config
-from ov_phi3.text.messages import Message
 from ov_phi3.text.template import ChatTemplate
 from ov_phi3.text.tokenizer import Tokenizer
 
@@ -85,7 +84,7 @@ def load(
         concurrency: requests that run at once; the KV cache is sized for as many conversations. With
             backend="llm_pipeline", without prompt lookup, draft model or LongRoPE window, and `prefill_chunk` is 256
             by default.
-        template: the chat template; default: the one that the model's own chat template describes.
+        template: the chat template; default: the model's own.
 
     Raises:
         ModelError: the directory is missing, incomplete, broken, not exported, or of another architecture.
@@ -94,7 +93,7 @@ def load(
         TypeError: an argument of the wrong type.
 
     Warns:
-        ModelWarning: `ModelInfo.warnings`, or the model's own chat template gives another prompt than the chosen one.
+        ModelWarning: `ModelInfo.warnings`, or the model's own chat template cannot be rendered.
     """
     began = time.perf_counter()
     spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
@@ -106,7 +105,7 @@ def load(
     opened = _open(spec, request, template)
     try:
         engine = _engine(request, opened, _supported_defaults(defaults, opened.model.backend, ignored), prefill_chunk)
-        report = _report(request, opened, [*info.warnings, *ignored], template, began)
+        report = _report(request, opened, [*info.warnings, *ignored], began)
         for warning in report.warnings:
             warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=2)
         return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
@@ -244,14 +243,13 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    request: LoadRequest, opened: _Opened, notes: list[str], template: ChatTemplate | None, began: float
-) -> LoadReport:
+def _report(request: LoadRequest, opened: _Opened, notes: list[str], began: float) -> LoadReport:
     """What loading took and found."""
     backend = opened.model.backend
     notes = [*notes, *request.kv.warnings, *opened.model.warnings, *backend.warnings]
-    if template is None:
-        notes += _template_warnings(backend, opened.tokenizer.template, request.info.chat_template)
+    if (problem := opened.tokenizer.template.problem) is not None:
+        advice = "Messages are refused: pass load(template=...), or give prompts as Raw text or token ids."
+        notes.append(f"{problem} {advice}")
     give_memory_back()
     total_ms = (time.perf_counter() - began) * 1000.0
     _log.info("loaded %s on %s in %.0f ms", request.info.path, request.device, total_ms)
@@ -294,13 +292,28 @@ def _chunk(backend: Backend, request: LoadRequest, prefill_chunk: int | None) ->
     return LARGE_MODEL_CHUNK if large else PREFILL_CHUNK
 
 
+# Options of one request that some models' files have as well: a streamed reply would be refused, or cut off at once.
+_REQUEST_OPTIONS = ("num_return_sequences", "num_beams", "num_beam_groups", "diversity_penalty", "max_length")
+
+
 def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
-    """The model's own generation options, and a warning for each that cannot be applied."""
+    """The model's own generation options, and a warning for each that cannot be applied. None breaks a valid call."""
     ignored: list[str] = []
-    try:
-        return GenerationConfig(**from_hf(info.generation_defaults, dropped=ignored)), ignored
-    except (ConfigError, TypeError) as exc:
-        raise ModelError(f"{info.path / 'generation_config.json'}: {exc} Correct the file or export again.") from exc
+    file = dict(info.generation_defaults)
+    for key in _REQUEST_OPTIONS:
+        value = file.pop(key, None)
+        neutral = (value or 0) >= info.context_length if key == "max_length" else value in (1, 0.0)
+        if value is not None and not neutral:
+            ignored.append(f"generation_config.json: {key}={value!r} is for single requests; give it to them.")
+    options: dict[str, Any] = {}
+    for name, option in from_hf(file, dropped=ignored).items():
+        try:
+            GenerationConfig(**options, **{name: option})
+        except (ConfigError, TypeError) as exc:
+            ignored.append(f"generation_config.json: {exc} It is left out.")
+        else:
+            options[name] = option
+    return GenerationConfig(**options), ignored
 
 
 def _supported_defaults(defaults: GenerationConfig, backend: Backend, ignored: list[str]) -> GenerationConfig:
@@ -310,32 +323,3 @@ def _supported_defaults(defaults: GenerationConfig, backend: Backend, ignored: l
             defaults = defaults.replace(**{option.partition("=")[0]: None})
             ignored.append(f"{option} of generation_config.json needs backend='infer_request' and is left out.")
     return defaults
-
-
-_PROBES: tuple[list[Message], ...] = (
-    [{"role": "user", "content": "First question."}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "First question."}],
-    [
-        {"role": "user", "content": "First question."},
-        {"role": "assistant", "content": "First answer."},
-        {"role": "user", "content": "Second question."},
-    ],
-)
-
-
-def _template_warnings(backend: Backend, template: ChatTemplate, source: str | None) -> list[str]:
-    """Where the chosen chat template gives another prompt than the model's own, which the backend can render."""
-    if source is None:
-        return []
-    for messages in _PROBES:
-        try:
-            ours = template.render(messages)
-        except TemplateError:
-            continue  # a turn that the chat template refuses is refused when it is used
-        theirs = backend.render_template(source, messages)
-        if theirs is not None and theirs != ours:
-            return [
-                f"the {template.name} chat template differs from the model's own: it gives {ours!r}, the model's "
-                f"{theirs!r}. Pass load(template=...) with the right one."
-            ]
-    return []

@@ -56,6 +56,8 @@ def broken(hf: Path, how: str) -> Path:
         "cut off early": lambda: weights.write_bytes(b"abc"),
         "pointer": lambda: weights.write_text("version https://git-lfs.github.com/spec/v1"),
         "not safetensors": lambda: weights.write_bytes(struct.pack("<Q", 2) + b"xx" * 50),
+        "gptq": lambda: write_json(hf / "config.json", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}),
+        "adapter": lambda: write_json(hf / "adapter_config.json", {"base_model_name_or_path": "microsoft/Phi-3"}),
         "shard": lambda: write_json(hf / "model.safetensors.index.json", {"weight_map": {"a": "model-2.safetensors"}}),
     }
     actions[how]()
@@ -74,6 +76,8 @@ def broken(hf: Path, how: str) -> Path:
         ("cut off early", "is (cut off|not a safetensors file)"),
         ("pointer", "Git LFS pointer"),
         ("not safetensors", "not a safetensors file"),
+        ("gptq", "quantised already .gptq.*full precision"),
+        ("adapter", "LoRA adapter.*microsoft/Phi-3.*merge_and_unload"),
         ("shard", "lacks model-2.safetensors"),
     ],
 )

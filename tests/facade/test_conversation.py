@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ov_phi3 import Chat, ModelInfo, Tokenizer
-from ov_phi3.conversation import Conversation, Turn, TurnEncoder, user_message
+from ov_phi3.conversation import Added, Conversation, Turn, TurnEncoder, user_message
 from ov_phi3.text.messages import ChatMessage, normalize
 
 # Words, so that a text has the same ids behind a line break as behind a control token.
@@ -63,9 +63,8 @@ class Model:
     def turn(self, conversation: Conversation, user: str, assistant: str, ids: Any) -> Turn:
         """A turn that continues a conversation."""
         new = user_message(user)
-        return Turn(
-            new, ChatMessage(role="assistant", content=assistant), self.encoder.added(conversation, new), np.array(ids)
-        )
+        added = self.encoder.added(conversation, new).ids
+        return Turn(new, ChatMessage(role="assistant", content=assistant), added, np.array(ids))
 
     def prompt(self, conversation: Conversation, user: str) -> list[int]:
         """The prompt of the next turn, by arithmetic."""
@@ -159,7 +158,7 @@ def test_truncate(model: Model, system: str | None, history: Any, data: Any) -> 
         assert len(left) == tokens
     # Longer by one turn would be too long: its message and one id of its reply.
     for turn in conversation.turns[len(shorter.turns) :][:1]:
-        assert len(conversation.rewind(len(history) - len(whole)).prompt(turn.added)) >= tokens
+        assert len(conversation.rewind(len(history) - len(whole)).prompt(Added(turn.added))) >= tokens
 
 
 def test_truncate_at_the_end_of_a_reply(model: Model) -> None:
@@ -263,7 +262,7 @@ class TestDropOldest:
         chat, _ = self.full(make, monkeypatch)
         engine, encoder = chat._model.engine, TurnEncoder(chat._model.tokenizer)
         before, window, room = chat._conversation, engine.context_length, 4
-        added = encoder.next(user_message("One more."))
+        added = encoder.added(before, user_message("One more.")).ids
         most = min(window - room, window // 2) - len(added)
         result = chat.send("One more.", max_new_tokens=room)
         expected = next(

@@ -84,21 +84,21 @@ class TestLoading:
                 small.generate([1] * 64)
             assert "Paris" in small.generate(CAPITAL).text
 
-    def test_template_that_differs_is_a_warning_with_both(self, demo_int4: Path, device: str, tmp_path: Path) -> None:
+    def test_the_models_own_template_is_used_or_reported(self, demo_int4: Path, device: str, tmp_path: Path) -> None:
         other = tmp_path / "other"
         shutil.copytree(demo_int4, other, copy_function=os.link)
         path = other / "chat_template.jinja"
         source = path.read_text()
         path.unlink()
         path.write_text(source.replace("<|end|>\\n", "<|end|>").replace("<|end|>\n", "<|end|>"))
-        with (
-            pytest.warns(ov_phi3.ModelWarning, match="differs") as caught,
-            ov_phi3.load(other, device=device) as loaded,
-        ):
-            assert loaded.load_report.warnings
-        text = str(caught[0].message)
-        assert repr("<|user|>\nFirst question.<|end|>\n<|assistant|>\n") in text
-        assert repr("<|user|>\nFirst question.<|end|><|assistant|>\n") in text
+        with ov_phi3.load(other, device=device) as loaded:
+            rendered = loaded.tokenizer.template.render([{"role": "user", "content": "Hi"}])
+            assert rendered == "<|user|>\nHi<|end|><|assistant|>\n"
+        path.write_text("{{ messages|nosuch }}")
+        with pytest.warns(ov_phi3.ModelWarning, match="Messages are refused"):
+            loaded = ov_phi3.load(other, device=device)
+        with loaded:
+            assert loaded.generate(ov_phi3.Raw("Hi"), max_new_tokens=1).token_ids
 
     def test_compile_cache_is_kept_apart_and_checked(self, demo_int4: Path, device: str, tmp_path: Path) -> None:
         config = {"CACHE_DIR": str(tmp_path / "cache")}

@@ -193,6 +193,18 @@ def test_a_directory_without_token_files_gets_three_warnings(tmp_path: Path) -> 
     assert len(info.warnings) == 3
 
 
+def test_a_directory_with_the_graphs_and_config_only_knows_its_tokens(tiny_fp32: Path, tmp_path: Path) -> None:
+    for file in tiny_fp32.iterdir():
+        if file.name.startswith("openvino_") or file.name == "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    whole, info = ModelInfo.from_dir(tiny_fp32), ModelInfo.from_dir(tmp_path)
+    assert info.eos_token_ids == whole.eos_token_ids
+    assert (info.eos_token, info.bos_token, info.family) == (whole.eos_token, whole.bos_token, whole.family)
+    assert info.chat_template == whole.chat_template
+    assert [token.content for token in info.added_tokens] == [token.content for token in whole.added_tokens]
+    assert not info.warnings
+
+
 # -- real directories --------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,6 @@ class ScriptedBackend:
 
     def import_kv(self, entry: Any) -> None:
         raise NotImplementedError
-
-    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        return None
 
     def close(self) -> None:
         self.closed = True

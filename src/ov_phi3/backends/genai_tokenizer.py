@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from ov_phi3.errors import ModelError
+from ov_phi3.system.jinja import IDENTITY_TOKENIZER
 from ov_phi3.text.tokenizer_files import constant, find_operation, read_graph
 
 if TYPE_CHECKING:
@@ -19,16 +20,6 @@ __all__ = ["genai_tokenizer_arguments"]
 
 _SPACE = "▁".encode()
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
-
-# A "tokenizer" that returns its input. GenAI accepts it, and it needs no tables.
-_IDENTITY_GRAPH = """<?xml version="1.0"?>
-<net name="tokenizer" version="11"><layers>
-<layer id="0" name="text" type="Parameter" version="opset1"><data shape="?" element_type="string"/>
-<output><port id="0" precision="STRING"><dim>-1</dim></port></output></layer>
-<layer id="1" name="same" type="Result" version="opset1">
-<input><port id="0" precision="STRING"><dim>-1</dim></port></input></layer>
-</layers><edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges>
-"""
 
 
 def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any, ...]:
@@ -64,7 +55,7 @@ def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any
     if not can_encode:
         _, marker, special_tokens = encoding.rpartition("<rt_info>")
         end = marker + special_tokens if marker and "</net>" in special_tokens else "</net>"
-        encoding = _IDENTITY_GRAPH + end
+        encoding = IDENTITY_TOKENIZER + end
     return encoding, openvino.Tensor(tables), graph, openvino.Tensor(weights)
 
 

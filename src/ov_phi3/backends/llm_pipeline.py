@@ -22,7 +22,7 @@ from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_
 from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
 from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
 from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
-from ov_phi3.text.tokenizer_files import tokenizers_importable
+from ov_phi3.system.tokenizers_library import tokenizers_importable
 
 if TYPE_CHECKING:
     from ov_phi3.backends.protocol import Backend, Request, TokenSink
@@ -288,15 +288,6 @@ class LLMPipelineBackend:
     def import_kv(self, entry: KVEntry) -> None:
         """Not available: `LLMPipeline` gives no access to its cache."""
         raise NotImplementedError
-
-    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Render a Jinja chat template with GenAI's own interpreter; None if it cannot."""
-        render = self._tokenizer.apply_chat_template
-        history = self._genai.ChatHistory([dict(m) for m in messages])
-        try:
-            return str(render(history, add_generation_prompt=True, chat_template=chat_template))
-        except RuntimeError:
-            return None
 
     def close(self) -> None:
         """Free the model."""

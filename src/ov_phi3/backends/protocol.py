@@ -243,10 +243,6 @@ class Backend(Protocol):
         """Let requests reuse an entry for as long as it is referenced elsewhere."""
         ...
 
-    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Render a Jinja chat template with a generation prompt; None if the backend cannot run it."""
-        ...
-
     def close(self) -> None:
         """Free the model."""
         ...

@@ -10,9 +10,9 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,8 +30,6 @@ from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.system.failures import to_generation_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from ov_phi3.kv.entry import KVEntry
@@ -308,10 +306,6 @@ class Engine:
         self.require("scores", "score")
         with self._turn():
             return self._runner.score(Request(ids, _ONE_TOKEN, ()), start, lambda *_: not self.closed)
-
-    def render_template(self, source: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """Render a Jinja chat template with a generation prompt; None if the backend cannot run it."""
-        return self.check_open().render_template(source, messages)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

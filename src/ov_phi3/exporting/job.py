@@ -20,7 +20,7 @@ from ov_phi3.exporting.child import Progress, ProgressLine, bootstrap, child_env
 from ov_phi3.exporting.failures import explain_failure
 from ov_phi3.exporting.flags import TASK, Flags, arguments
 from ov_phi3.exporting.group_size import GroupSize, decide_group_size
-from ov_phi3.exporting.source import Source, check_space, hub_revision
+from ov_phi3.exporting.source import Source, check_full_precision, check_space, hub_revision
 from ov_phi3.exporting.workspace import Workspace
 from ov_phi3.files import write_atomically
 from ov_phi3.model.config import Phi3Config
@@ -114,6 +114,7 @@ class Job:
         if code or not paths:
             raise ExportError(explain_failure(f"config.json of {source.name!r} cannot be fetched", code, output))
         config = Phi3Config.read(paths[0])
+        check_full_precision(config)
         return dataclasses.replace(source, config=config, revision=hub_revision(paths[0]))
 
     def _arguments(self) -> list[str]:

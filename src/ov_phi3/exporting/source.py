@@ -18,7 +18,7 @@ from ov_phi3.model.config import Phi3Config, read_json
 from ov_phi3.model.files import has_weights, listing
 from ov_phi3.system.memory import machine_memory
 
-__all__ = ["Source", "check_space", "find_source", "hub_revision", "local_source"]
+__all__ = ["Source", "check_full_precision", "check_space", "find_source", "hub_revision", "local_source"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -75,9 +75,12 @@ def local_source(path: Path) -> Source:
     if not path.is_dir():
         raise ModelError(f"{path} is a file; expected the directory that holds the model, {path.parent}.")
     names = listing(path)
+    if "adapter_config.json" in names:
+        raise ModelError(_adapter(path))
     if "config.json" not in names:
         raise ModelError(f"{path} has no config.json; expected a directory with a Hugging Face model.")
     config = Phi3Config.read(path / "config.json")
+    check_full_precision(config)
     if not has_weights(names):
         if "openvino_model.xml" in names:
             raise ModelError(f"{path} is exported already; load it, or export from the original model.")
@@ -86,6 +89,33 @@ def local_source(path: Path) -> Source:
         raise ModelError(f"{path} has no tokenizer; expected tokenizer.json or tokenizer.model beside config.json.")
     size, parameters = _check_weights(path, names)
     return Source(str(path), True, config, size, parameters)
+
+
+def check_full_precision(config: Phi3Config) -> None:
+    """Refuse a checkpoint whose weights are quantised already (bitsandbytes, GPTQ, AWQ, ...).
+
+    Raises:
+        ModelError: its config has a `quantization_config`.
+    """
+    quantization = config.file.data.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    raise ModelError(
+        f"{config.file.path}: the weights are quantised already ({method or 'quantization_config'}), and an export "
+        "needs them in full precision. Export the model that this one was made from, which its model card names; the "
+        "recipe 'int4' quantises it."
+    )
+
+
+def _adapter(path: Path) -> str:
+    """The message about a folder with a LoRA adapter, which names its base model."""
+    base = read_json(path / "adapter_config.json").data.get("base_model_name_or_path")
+    return (
+        f"{path} holds a LoRA adapter, not a model. Merge it into its base model{f' {base!r}' if base else ''} with "
+        "peft (AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(DIR)), save the "
+        "tokenizer into the same DIR, and export that."
+    )
 
 
 def _check_weights(path: Path, names: Mapping[str, int]) -> tuple[int, int]:

@@ -240,8 +240,9 @@ def _special_tokens(files: _Files, family: str, warnings: _Warnings) -> _Special
     eos = {*end_token_ids(tokens.added, family, tokens.chat_template)}
     for file in configs:
         eos.update(warnings.ids_in_vocabulary(file, "eos_token_id"))
-    if (eos_token := tokens.id_of(tokens.text("eos_token"))) is not None:
-        eos.add(eos_token)
+    for eos_token in (tokens.id_of(tokens.text("eos_token")), tokens.graph_id("eos_token_id")):
+        if eos_token is not None and eos_token < files.config.vocab_size:
+            eos.add(eos_token)
 
     def first(key: str, token: str) -> int | None:
         """The id in generation_config.json, else in config.json, else of the tokenizer's token."""
@@ -273,8 +274,8 @@ class _Warnings:
     def check_tokens(self, tokens: TokenizerFiles, eos: tuple[int, ...]) -> None:
         if not tokens.known:
             self.sentences.append(
-                "No tokenizer.json and no tokenizer_config.json: control tokens are unknown. Copy both from the model "
-                "that this was exported from."
+                "No tokenizer.json and no tokenizer_config.json, and the tokenizer's graph names no control tokens. "
+                "Copy both from the model that this was exported from."
             )
         if tokens.chat_template is None:
             self.sentences.append("No chat template in the directory; Phi-3's is assumed.")

@@ -253,6 +253,19 @@ class IrGraph:
             file.seek(constant.offset)
             return int.from_bytes(file.read(8), "little", signed=True)
 
+    def constant_bytes(self, output: Output) -> bytes:
+        """The data of an output that is a constant; b"" for any other output.
+
+        Raises:
+            OSError: the `.bin` file cannot be read.
+        """
+        constant = self.layer(output.layer).constant
+        if constant is None:
+            return b""
+        with self._xml.with_suffix(".bin").open("rb") as file:
+            file.seek(constant.offset)
+            return file.read(constant.size)
+
     # -- editing -----------------------------------------------------------------------------------------------------
 
     def add(self, type: str, precision: str, *inputs: Output, rank: int, **data: str) -> Output:  # noqa: A002

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 
 from ov_phi3.errors import ModelError
 from ov_phi3.model.config import JsonFile, read_json, read_text
+from ov_phi3.model.ir import IrGraph, IrSummary
 
 __all__ = ["AddedToken", "TokenizerFiles", "end_token_ids", "family_of"]
 
@@ -45,22 +47,32 @@ class AddedToken:
 
 
 class TokenizerFiles:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a directory; all are optional."""
+    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a directory; all are optional.
+
+    The tokenizer's graph, `openvino_tokenizer.xml`, has most of it too, and is read where they are missing.
+    """
 
     def __init__(self, directory: Path, names: Mapping[str, int]) -> None:
         self._json = directory / "tokenizer.json" if "tokenizer.json" in names else None
         self._jinja = directory / "chat_template.jinja" if "chat_template.jinja" in names else None
+        self._graph = directory / "openvino_tokenizer.xml" if "openvino_tokenizer.xml" in names else None
         config = directory / "tokenizer_config.json"
         self._config = read_json(config) if config.name in names else JsonFile(config, {})
 
     @property
     def known(self) -> bool:
         """Whether the directory describes its tokens."""
+        return self._described or bool(self.added)
+
+    @property
+    def _described(self) -> bool:
         return self._json is not None or bool(self._config.data)
 
     @cached_property
     def added(self) -> tuple[AddedToken, ...]:
         """The added tokens, sorted by id; `tokenizer.json` takes precedence over `tokenizer_config.json`."""
+        if not self._described:
+            return self._from_graph()
         tokens = {token.id: token for token in self._from_config()}
         tokens.update((token.id, token) for token in self._from_json())
         return tuple(tokens[id_] for id_ in sorted(tokens))
@@ -78,7 +90,12 @@ class TokenizerFiles:
             raise self._config.error(
                 "chat_template", value, "a Jinja template, or a list with a template named 'default'"
             )
-        return value or None
+        return value or (None if self._described else self._summary("chat_template"))
+
+    def graph_id(self, key: str) -> int | None:
+        """The id under a key, such as `eos_token_id`, that the converter stored in the tokenizer's graph."""
+        value = self._summary(key) or ""
+        return int(value) if re.fullmatch(r"\d{1,9}", value) else None
 
     def text(self, key: str) -> str | None:
         """The text of a token in `tokenizer_config.json`, by its key, such as `eos_token`."""
@@ -87,6 +104,9 @@ class TokenizerFiles:
             value = value.get("content")
         if value is not None and not isinstance(value, str):
             raise self._config.error(key, value, "a token's text")
+        if value is None and not self._described:
+            number = self.graph_id(f"{key}_id")
+            return next((token.content for token in self.added if token.id == number), None)
         return value
 
     def id_of(self, text: str | None) -> int | None:
@@ -95,6 +115,27 @@ class TokenizerFiles:
             if token.content == text:
                 return token.id
         return self._vocabulary().get(text) if text is not None else None
+
+    def _summary(self, key: str) -> str | None:
+        if self._graph is None:
+            return None
+        return IrSummary.read(self._graph.parent, self._graph.stem).info(key) or None
+
+    def _from_graph(self) -> tuple[AddedToken, ...]:
+        """The added tokens of the graph: the last inputs of its BPE operation, begins, ends, characters and ids."""
+        if self._graph is None:
+            return ()
+        graph = IrGraph.read(self._graph)
+        bpe = next(graph.layers("BPETokenizer"), None)
+        if bpe is None or len(bpe.inputs) not in (15, 18):
+            return ()
+        try:
+            begins, ends, characters, ids = (graph.constant_bytes(output) for output in bpe.inputs[-4:])
+            bounds = zip(_int32(begins), _int32(ends), _int32(ids), strict=True)
+            tokens = [AddedToken(i, characters[begin:end].decode("utf-8"), special=True) for begin, end, i in bounds]
+        except (OSError, ValueError, struct.error) as error:
+            raise ModelError(f"{self._graph} is damaged: its added tokens cannot be read ({error}).") from error
+        return tuple(sorted(tokens, key=lambda token: token.id))
 
     def _from_config(self) -> Iterable[AddedToken]:
         decoder = self._config.data.get("added_tokens_decoder") or {}
@@ -127,6 +168,10 @@ class TokenizerFiles:
         model = read_json(self._json).data.get("model") if self._json is not None else None
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def _int32(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 4}i", data)
 
 
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:

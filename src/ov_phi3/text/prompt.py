@@ -97,7 +97,7 @@ def describe_tools(prompt: Prompt, tokenizer: Tokenizer, tools: Tools) -> Sequen
             "the tools. Give messages."
         )
     normal = normalize(messages, template.roles)
-    return tools.described(normal, native=template.tools, system="system" in template.roles)
+    return tools.described(normal, native=template.tools, system=template.takes_system)
 
 
 def check_continues(messages: Sequence[Message] | None, *, continue_final_message: bool) -> None:

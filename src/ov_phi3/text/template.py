@@ -10,52 +10,41 @@ later revision (which added the system message), Phi-3.5-mini-instruct, Phi-4-mi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from ov_phi3.errors import TemplateError, did_you_mean
 from ov_phi3.model.info import ModelInfo
+from ov_phi3.text.jinja_template import JinjaTemplate
 from ov_phi3.text.messages import ChatMessage, Message, check_final, normalize
+from ov_phi3.text.segments import Raw, Segment
 from ov_phi3.text.tool_calls import CALL_END, CALL_START
 from ov_phi3.text.tools import calls_as_json, name_results, written_out
 
 __all__ = ["ChatTemplate", "Raw", "Segment"]
 
-
-class Raw(str):
-    """Prompt text that may contain control tokens: `Raw("<|user|>Hi<|end|><|assistant|>")`.
-
-    Control-token text in it becomes control tokens. The chat template is not applied.
-    """
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"Raw({super().__repr__()})"
-
-
-class Segment(NamedTuple):
-    """A part of a prompt.
-
-    Attributes:
-        text: the text.
-        control: whether `text` names a control token; otherwise it is plain text.
-    """
-
-    text: str
-    control: bool
+_PUBLISHED = {
+    "dcaee66df77bfbb7": "phi3",
+    "268b6082ceb7176d": "phi3_april_2024",
+    "605841622bcb6572": "phi3_april_2024",
+    "78d976a442bcde2f": "phi35",
+    "febf589225c9728a": "phi4_mini",
+    "fe4120415a3858b8": "phi4",
+}
+"""Named constructors by the first digits of the SHA-256 of the Jinja templates that Microsoft published."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """The chat template of a model family.
 
-    Use a named constructor (`phi3()`, `phi3_april_2024()`, `phi35()`, `phi4_mini()`, `phi4()`), or
-    `for_model(directory)`, which selects the template that the directory's own `chat_template` describes.
+    Use `for_model(directory)`, which takes the model's own template, whatever it is, or a named constructor (`phi3()`,
+    `phi3_april_2024()`, `phi35()`, `phi4_mini()`, `phi4()`).
 
     Attributes:
         name: the constructor's name.
@@ -68,6 +57,7 @@ class ChatTemplate:
             changes nothing.
         skip_empty_system: omit a system message without content (Phi-3.5).
         tools: the system message may have the key "tools" (Phi-4-mini).
+        jinja: the model's own template, which then does everything; None for a named constructor.
     """
 
     name: str
@@ -79,6 +69,7 @@ class ChatTemplate:
     open_after_user: bool = False
     skip_empty_system: bool = False
     tools: bool = False
+    jinja: JinjaTemplate | None = None
     _split_texts: dict[str, tuple[Segment, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # -- the templates -----------------------------------------------------------------------------------------------
@@ -116,7 +107,7 @@ class ChatTemplate:
 
     @classmethod
     def for_model(cls, model_dir: str | Path) -> ChatTemplate:
-        """The template that the model's own chat template describes; `phi3()` if the model has none.
+        """The model's own chat template; `phi3()` if the model has none.
 
         Raises:
             ModelError: the directory is not a usable model.
@@ -126,37 +117,64 @@ class ChatTemplate:
     @classmethod
     def for_info(cls, info: ModelInfo) -> ChatTemplate:
         """As `for_model`, for a directory that is read already."""
-        return cls.from_jinja(info.chat_template, eos=info.eos_token, bos=info.bos_token)
+        names = [token.content for token in info.added_tokens]
+        return cls.from_jinja(info.chat_template, eos=info.eos_token, bos=info.bos_token, names=names)
 
     @classmethod
-    def from_jinja(cls, source: str | None, *, eos: str | None = None, bos: str | None = None) -> ChatTemplate:
-        """The template that a Jinja chat template describes, recognised by the features in which the families differ.
+    def from_jinja(
+        cls, source: str | None, *, eos: str | None = None, bos: str | None = None, names: Sequence[str] = ()
+    ) -> ChatTemplate:
+        """A Jinja chat template. One that Microsoft published for a Phi model gives its named constructor.
+
+        Any other is rendered by the interpreter that openvino_genai has, with the rules that transformers sets.
 
         Args:
-            source: the Jinja template. It is searched as text, never executed. None or "" gives `phi3()`.
+            source: the Jinja template. None or "" gives `phi3()`.
             eos: the tokenizer's EOS token, if it has one.
             bos: the tokenizer's BOS token, if it has one.
+            names: names of the tokenizer's control tokens. `Tokenizer` adds those of its graph.
         """
         if not source:
             return cls.phi3()
-        if "<|im_sep|>" in source:
-            return cls.phi4()
-        if "<|/tool|>" in source:
-            template = cls.phi4_mini()
-        elif "'system'" not in source and '"system"' not in source and "message['role'] +" not in source:
-            return cls.phi3_april_2024(bos=(bos or "<s>") if "bos_token" in source else "")
-        elif re.search(r"'system'\s+and\s+message\[", source):
-            template = cls.phi35()
-        else:
-            template = cls.phi3()
-        if "bos_token" in source:
-            template = replace(template, bos=bos or "<s>")
+        name = _PUBLISHED.get(hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16])
+        if name is None:
+            jinja = JinjaTemplate(source, bos or "", eos or "", tuple(names))
+            return cls("model's own", roles=jinja.roles, bos="", eos="", jinja=jinja)
+        template: ChatTemplate = getattr(cls, name)()
+        if template.bos:
+            template = replace(template, bos=(bos or "<s>") if "bos_token" in source else "")
         return replace(template, eos=eos or template.eos if "eos_token" in source else "")
+
+    def with_names(self, names: Sequence[str]) -> ChatTemplate:
+        """The same template, for a tokenizer with these control tokens."""
+        if self.jinja is None or set(names) <= set(self.jinja.names):
+            return self
+        return replace(self, jinja=replace(self.jinja, names=tuple(dict.fromkeys((*self.jinja.names, *names)))))
+
+    @property
+    def problem(self) -> str | None:
+        """Why no messages can be rendered, as a sentence; None if they can."""
+        return None if self.jinja is None else self.jinja.problem
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether `segments` takes `tools`."""
+        return self.tools or (self.jinja is not None and self.jinja.takes_tools)
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether there is a form for a system message."""
+        return "system" in self.roles if self.jinja is None else self.jinja.takes_system
 
     # -- rendering ---------------------------------------------------------------------------------------------------
 
     def segments(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Segment]:
         """The segments of a whole prompt.
 
@@ -164,18 +182,24 @@ class ChatTemplate:
             messages: the chat.
             add_generation_prompt: end with the assistant's header; otherwise with `eos`.
             continue_final_message: end with the text of the last message, an assistant's, which the reply continues.
+            tools: definitions of tools as OpenAI's API has them. The model's own template gets them as its variable
+                `tools`; Phi-4-mini's writes them into the system message. Ask `takes_tools` first.
 
         Raises:
-            TemplateError: no message, an unknown role, content that is not text, or `continue_final_message` with
-                messages that do not end with the assistant's.
+            TemplateError: no message, an unknown role, content that is not text, `continue_final_message` with
+                messages that do not end with the assistant's, or `tools` that the template has no place for.
             TypeError: `messages` is not a sequence of mappings.
         """
-        normal = normalize(messages, self.roles)
+        normal = self._normalized(messages)
         if not normal:
             raise TemplateError("messages is empty; a prompt needs at least one message with role 'user'.")
         if continue_final_message:
             check_final(normal, continue_final_message=True)
-            return self._without_end(self.beginning(normal))
+            return self.jinja.continued(normal) if self.jinja else self._without_end(self.beginning(normal))
+        if self.jinja:
+            return self.jinja.segments(normal, add_generation_prompt=add_generation_prompt, tools=tools)
+        if tools:
+            normal = self._with_tools(normal, tools)
         segments = self.beginning(normal)
         if add_generation_prompt:
             segments += self._generation_prompt()
@@ -191,6 +215,8 @@ class ChatTemplate:
         Raises:
             TemplateError: as `segments`.
         """
+        if self.jinja:
+            return self.jinja.beginning(self._normalized(messages))
         return ([Segment(self.bos, True)] if self.bos else []) + self._all_messages(messages)
 
     def following(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[Segment]:
@@ -203,19 +229,35 @@ class ChatTemplate:
         Raises:
             TemplateError: as `segments`.
         """
+        normal = self._normalized(messages)
         if continue_final_message:
-            normal = normalize(messages, self.roles)
             check_final(normal, continue_final_message=True)
+        if self.jinja:
+            return self.jinja.following(normal, continued=continue_final_message)
+        if continue_final_message:
             return self._without_end(self._all_messages(normal))
         return self._all_messages(messages) + self._generation_prompt()
 
-    def continuation(self, messages: Sequence[Message]) -> list[Segment]:
+    def continuation(
+        self, messages: Sequence[Message], history: Sequence[Message] | None = None
+    ) -> list[Segment] | None:
         """The segments behind a reply: the end of the reply's message, the next messages, a generation prompt.
+
+        Args:
+            messages: the next messages.
+            history: the conversation up to the reply, its last message. A named constructor does not need it.
+
+        Returns:
+            The segments; None if the model's own template writes the conversation otherwise once it goes on, so that
+            all of it must be rendered again.
 
         Raises:
             TemplateError: as `segments`.
         """
-        return self._split(self.end) + self.following(messages)
+        if not self.jinja:
+            return self._split(self.end) + self.following(messages)
+        chat = history or [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        return self.jinja.rest_behind(self._normalized(chat), self._normalized(messages))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as one string, equal to the result of the model's own `chat_template`.
@@ -228,6 +270,14 @@ class ChatTemplate:
         """
         return "".join(s.text for s in self.segments(messages, add_generation_prompt=add_generation_prompt))
 
+    def _with_tools(self, messages: list[ChatMessage], tools: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
+        """The messages with tools in the system message, in front of the others if there is none."""
+        if not self.tools:
+            raise TemplateError(f"tools were given, which the {self.name} chat template has no place for.")
+        if messages[0]["role"] != "system":
+            messages = [ChatMessage(role="system", content=""), *messages]
+        return [ChatMessage(**{"tools": list(tools), **messages[0]}), *messages[1:]]
+
     def _generation_prompt(self) -> list[Segment]:
         return [] if self.open_after_user else self._split(self.header.format(role="assistant"))
 
@@ -236,16 +286,21 @@ class ChatTemplate:
         return segments[: len(segments) - len(self._split(self.end))]
 
     def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
-        normal = name_results(normalize(messages, self.roles))
+        normal = self._normalized(messages)
         return [segment for index, message in enumerate(normal) for segment in self._one_message(index, message)]
 
-    def _written_out(self, message: ChatMessage) -> ChatMessage:
-        """The message, with calls and results of tools as text if the template has no form for them."""
-        has_form = self.tools if "tool_calls" in message else message["role"] in self.roles
-        return message if has_form else written_out(message)
+    def _normalized(self, messages: Sequence[Message]) -> list[ChatMessage]:
+        """The messages in one form, with calls and results of tools as text if the template has no form for them."""
+        normal = name_results(normalize(messages, self.roles))
+        return [message if self._has_form(message) else written_out(message) for message in normal]
+
+    def _has_form(self, message: ChatMessage) -> bool:
+        """Whether the template has a form for calls and results of tools, if the message has any."""
+        if self.jinja is not None:
+            return self.jinja.takes_tools
+        return self.tools if "tool_calls" in message else message["role"] in self.roles
 
     def _one_message(self, index: int, message: ChatMessage) -> list[Segment]:
-        message = self._written_out(message)
         self._check_message(f"messages[{index}]", message)
         role, content, tools = message["role"], message["content"], message.get("tools")
         if role == "system" and self.skip_empty_system and not content:

@@ -12,10 +12,12 @@ import numpy as np
 
 from ov_phi3.errors import Error, ModelError, PromptError, TemplateError
 from ov_phi3.model.info import ModelInfo
+from ov_phi3.model.ir import IrSummary
 from ov_phi3.text.detokenizer_graph import DetokenizerGraph
 from ov_phi3.text.messages import Message
+from ov_phi3.text.segments import Raw, Segment, check_encodable
 from ov_phi3.text.stream_decoder import StreamDecoder
-from ov_phi3.text.template import ChatTemplate, Raw, Segment
+from ov_phi3.text.template import ChatTemplate
 from ov_phi3.text.tokenizer_graph import TokenizerGraph
 
 if TYPE_CHECKING:
@@ -69,16 +71,21 @@ class Tokenizer:
         if template is None:
             info = ModelInfo.from_dir(root)
             template, vocab_size = ChatTemplate.for_info(info), vocab_size or info.vocab_size
-        self.template = template
         try:
             self._graph = TokenizerGraph(root / "openvino_tokenizer.xml")
             self._bytes = DetokenizerGraph(root / "openvino_detokenizer.xml")
         except Error:
             raise
         except Exception as exc:
-            raise ModelError(f"the tokenizer files in {root} are damaged ({exc!r}). Export the model again.") from exc
+            release = IrSummary.read(root, "openvino_tokenizer").info("openvino_tokenizers_version")
+            raise ModelError(
+                f"the tokenizer files in {root} are damaged, or of an old release ({exc!r}). They were written by "
+                f"openvino-tokenizers {release or 'of an unknown version'}. Convert the tokenizer again with "
+                f"`convert_tokenizer SOURCE --with-detokenizer -o {root}`, or export the model again."
+            ) from exc
         self.vocab_size = max(self._bytes.size, vocab_size or 0)
         self.control_tokens: dict[str, int] = dict(self._graph.added_tokens)
+        self.template = template.with_names(tuple(self.control_tokens))
         self._control_ids = frozenset(self.control_tokens.values())
         names = "|".join(re.escape(text) for text in sorted(self.control_tokens, key=len, reverse=True))
         self._control = re.compile(f"({names})" if names else r"([^\s\S])")
@@ -163,7 +170,7 @@ class Tokenizer:
         texts = [""]
         for text, is_control in segments:
             if not is_control:
-                _check_encodable(text)
+                check_encodable(text)
                 texts[-1] += text
                 continue
             if text not in self.control_tokens:
@@ -249,7 +256,7 @@ class Tokenizer:
         Raises:
             PromptError: the text contains a lone surrogate.
         """
-        _check_encodable(text)
+        check_encodable(text)
         ids = self._graph.encode([text], continues=True)[0]
         if self._is_unsafe(text, ids):  # then no two characters may meet
             singles = self._graph.encode(list(text), continues=True)
@@ -381,13 +388,3 @@ def _check_range(ids: Iterable[int], vocab_size: int) -> None:
     outside = next((i for i in ids if not 0 <= i < vocab_size), None)
     if outside is not None:
         raise PromptError(f"token id {outside} is outside the vocabulary; ids go from 0 to {vocab_size - 1}.")
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as exc:
-        raise PromptError(
-            f"the text holds a lone surrogate, {text[exc.start]!r} at character {exc.start}, which is half a "
-            "character. Decode the bytes it came from with errors='replace'."
-        ) from exc

@@ -5,14 +5,10 @@ They are OpenVINO graphs of string operations, which the extension library of op
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import sys
 import threading
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +16,7 @@ import numpy as np
 from ov_phi3.errors import ModelError
 from ov_phi3.system.core import shared_core
 from ov_phi3.system.failures import essential_message
+from ov_phi3.system.tokenizers_library import extension_library
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +29,6 @@ __all__ = [
     "packed_strings",
     "read_graph",
     "replace_constant",
-    "tokenizers_importable",
 ]
 
 # The extension library must stay loaded until the last graph is freed, or the interpreter crashes at exit. The shared
@@ -105,46 +101,13 @@ def _core_with_tokenizers() -> Any:
     global _core
     with _core_lock:
         if _core is None:
-            core, library = shared_core(), str(_extension_library())
+            core, library = shared_core(), str(extension_library())
             core.add_extension(library)
             # The Core unloads the library when it is freed, at exit, perhaps before the last graph whose operations
             # live in it: the process then crashes. ctypes never closes a library that it has opened.
             ctypes.CDLL(library)
             _core = core
     return _core
-
-
-@contextlib.contextmanager
-def tokenizers_importable() -> Iterator[None]:
-    """Let openvino_genai import openvino_tokenizers also in a Python without docstrings (-OO).
-
-    openvino_genai imports that package only for the path of its library. The package edits one of its own docstrings
-    when it is imported, and fails if there is none (2026.4.1). A stand-in module with the path replaces it meanwhile.
-    """
-    name = "openvino_tokenizers"
-    if sys.flags.optimize < 2 or name in sys.modules:
-        yield
-        return
-    stand_in = ModuleType(name)
-    vars(stand_in)["_ext_path"] = str(_extension_library())
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
-
-
-def _extension_library() -> Path:
-    """The shared library of openvino_tokenizers. The package is not imported: its import loads far more."""
-    spec = find_spec("openvino_tokenizers")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(root, "lib").glob("*openvino_tokenizers*")):
-            if path.suffix in (".so", ".dll", ".dylib"):
-                return path
-    raise ModelError(
-        "openvino_tokenizers is not installed, or its library is missing: pip install openvino-tokenizers."
-    )
 
 
 def _string_tables_are_valid(operation: Any) -> bool:

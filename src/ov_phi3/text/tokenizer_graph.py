@@ -115,6 +115,12 @@ class TokenizerGraph:
     def _bpe(self, model: Any) -> Any:
         operation = find_operation(model, "BPETokenizer")
         if operation is None:
+            if find_operation(model, "SentencepieceTokenizer") is not None:
+                raise ModelError(
+                    f"{self._path} was converted with the SentencePiece operation, which does not tell control tokens "
+                    "from text. Convert the tokenizer again, from the directory of the original model, with "
+                    "`convert_tokenizer DIR --with-detokenizer -o OUTPUT` (without --use-sentencepiece-backend)."
+                )
             raise ModelError(
                 f"{self._path} holds no BPE tokenizer, which every Phi-3 model has. Is it another architecture?"
             )

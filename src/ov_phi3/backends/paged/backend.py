@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -253,10 +253,6 @@ class PagedBackend:
     def import_kv(self, entry: KVEntry) -> None:
         """Let requests start from an entry for as long as it is referenced elsewhere."""
         self._engine.add_entry(entry)
-
-    def render_template(self, chat_template: str, messages: Sequence[Mapping[str, str]]) -> None:  # noqa: ARG002
-        """None: this backend has no Jinja interpreter, and GenAI's needs the memory of its tokenizer."""
-        return
 
     def close(self) -> None:
         """Free the model."""
