@@ -80,7 +80,7 @@ class JinjaTemplate:
     @property
     def takes_system(self) -> bool:
         """Whether the template writes a system message."""
-        return not _leaves_out(self, "system")
+        return _takes_system(self)
 
     @property
     def problem(self) -> str | None:
@@ -240,6 +240,13 @@ def _leaves_out(template: JinjaTemplate, role: str) -> bool:
     """Whether the template drops messages of a role without an error."""
     one, other = (_probed(template, _chat_with(role, text)) for text in (_PROBE, _OTHER))
     return one is not None and one == other
+
+
+@lru_cache(maxsize=64)
+def _takes_system(template: JinjaTemplate) -> bool:
+    """Whether the template writes a system message; some refuse it."""
+    text = _probed(template, _chat_with("system", _PROBE))
+    return text is not None and _PROBE in text
 
 
 def _chat_with(role: str, text: str) -> list[ChatMessage]:
