@@ -77,6 +77,7 @@ class Run:
         self.folder = folder
         self.own_engine = pipe.load_report.backend == "infer_request"
         self.known = [self.ask(question) for question in QUESTIONS]
+        self.pipe.generate(QUESTIONS[0], regex="[0-9]", max_new_tokens=2)  # opens the graph that structures need, once
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self._lock = threading.Lock()

@@ -124,7 +124,7 @@ class TurnEncoder:
         tokenizer, history = self._tokenizer, conversation.answered
         segments = tokenizer.template.continuation(new, history)
         if segments is None:
-            return Added(tokenizer.encode_messages([*history, *new]), True)
+            return Added(self.first((), [*history, *new]), True)
         if segments and not segments[0].control:  # text right behind the reply
             text = tokenizer.encode_continuation(segments[0].text)
             return Added(np.concatenate([text, tokenizer.encode_segments(segments[1:])]))

@@ -181,7 +181,6 @@ def test_a_long_prompt_is_cancelled_between_two_steps(tiny_fp32: Path, device: s
     [
         ({"concurrency": 0}, "expected 1 to 256"),
         ({"concurrency": 257}, "expected 1 to 256"),
-        ({"concurrency": 2, "ov_config": {"prompt_lookup": True}}, "belongs to backend='llm_pipeline'"),
         ({"concurrency": 2, "ov_config": {"ATTENTION_BACKEND": "SDPA"}}, "belongs to backend='llm_pipeline'"),
         ({**GENAI, "ov_config": {"prompt_lookup": True}}, "needs a pipeline without prompt_lookup"),
         ({**GENAI, "ov_config": {"ATTENTION_BACKEND": "SDPA"}}, "needs paged attention"),
