@@ -86,6 +86,7 @@ class TurnEncoder:
     def __init__(self, tokenizer: Tokenizer, tools: Tools | None = None) -> None:
         self._tokenizer = tokenizer
         self._tools = tools
+        self.may_change = tokenizer.template.jinja is not None  # what it writes, from one day to the next
 
     def normalize(self, messages: str | Message | Sequence[Message]) -> tuple[ChatMessage, ...]:
         """The messages in one form: a string is the user's, a mapping is one message.
@@ -361,7 +362,7 @@ class Conversation:
         conversation = cls(
             _saved_messages(system, "system", encoder), frozenset(end_ids), dropped_turns=int(values["dropped"])
         )
-        saved_ids = values.get("added") or [None] * len(rows)
+        saved_ids = (encoder.may_change and values.get("added")) or [None] * len(rows)
         for (saved_new, saved_answer, reply), ids in zip(rows, saved_ids, strict=True):
             new = _saved_messages(saved_new, "user", encoder)
             (answer,) = _saved_messages(saved_answer, "assistant", encoder)
