@@ -195,12 +195,12 @@ class ChatTemplate:
             raise TemplateError("messages is empty; a prompt needs at least one message with role 'user'.")
         if continue_final_message:
             check_final(normal, continue_final_message=True)
-            return self.jinja.continued(normal) if self.jinja else self._without_end(self.beginning(normal))
+            return self.jinja.continued(normal) if self.jinja else self._without_end(self._beginning(normal))
         if self.jinja:
             return self.jinja.segments(normal, add_generation_prompt=add_generation_prompt, tools=tools)
         if tools:
             normal = self._with_tools(normal, tools)
-        segments = self.beginning(normal)
+        segments = self._beginning(normal)
         if add_generation_prompt:
             segments += self._generation_prompt()
         elif self.eos:
@@ -215,9 +215,8 @@ class ChatTemplate:
         Raises:
             TemplateError: as `segments`.
         """
-        if self.jinja:
-            return self.jinja.beginning(self._normalized(messages))
-        return ([Segment(self.bos, True)] if self.bos else []) + self._all_messages(messages)
+        normal = self._normalized(messages)
+        return self.jinja.beginning(normal) if self.jinja else self._beginning(normal)
 
     def following(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> list[Segment]:
         """The segments of messages that follow those of `beginning`, and a generation prompt.
@@ -236,7 +235,7 @@ class ChatTemplate:
             return self.jinja.following(normal, continued=continue_final_message)
         if continue_final_message:
             return self._without_end(self._all_messages(normal))
-        return self._all_messages(messages) + self._generation_prompt()
+        return self._all_messages(normal) + self._generation_prompt()
 
     def continuation(
         self, messages: Sequence[Message], history: Sequence[Message] | None = None
@@ -285,8 +284,10 @@ class ChatTemplate:
         """Without the end of the last message."""
         return segments[: len(segments) - len(self._split(self.end))]
 
-    def _all_messages(self, messages: Sequence[Message]) -> list[Segment]:
-        normal = self._normalized(messages)
+    def _beginning(self, normal: Sequence[ChatMessage]) -> list[Segment]:
+        return ([Segment(self.bos, True)] if self.bos else []) + self._all_messages(normal)
+
+    def _all_messages(self, normal: Sequence[ChatMessage]) -> list[Segment]:
         return [segment for index, message in enumerate(normal) for segment in self._one_message(index, message)]
 
     def _normalized(self, messages: Sequence[Message]) -> list[ChatMessage]:
