@@ -66,6 +66,10 @@ class LLMPipelineSpec:
             )
         return None
 
+    def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:
+        """Options that GenAI lacks or would refuse while it runs, and structures that it would not obey."""
+        return unsupported_options(config, _assistance(properties)) or unsupported_structure(config)
+
     def open(self, request: LoadRequest) -> LLMPipelineBackend:
         """Load the model."""
         return LLMPipelineBackend(
@@ -91,6 +95,14 @@ class LLMPipelineSpec:
             kv=replace(request.kv, paged=False),
         )
         return stateful, warning
+
+
+def _assistance(properties: Mapping[str, Any]) -> str:
+    """The property that turns speculative decoding on, or ""."""
+    if properties.get("prompt_lookup"):
+        return "prompt_lookup"
+    # Do not call bool(draft_model): it crashes (openvino_genai 2026.4.1).
+    return "draft_model" if "draft_model" in properties else ""
 
 
 def with_scheduler(properties: Mapping[str, Any], kv: KVCachePlan, max_step_tokens: int = 0) -> dict[str, Any]:
@@ -144,10 +156,7 @@ class LLMPipelineBackend:
         batches: bool = False,
     ) -> None:
         self._genai = import_genai()
-        # Do not call bool(draft_model): it crashes (openvino_genai 2026.4.1).
-        self._assisted = "draft_model" if "draft_model" in properties else ""
-        if properties.get("prompt_lookup"):
-            self._assisted = "prompt_lookup"
+        self._assisted = _assistance(properties)
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
         self._uncached: Any = None

@@ -293,6 +293,10 @@ class BackendSpec(Protocol):
         """What several requests at once would need and is not there, as a noun phrase; None if they can run."""
         ...
 
+    def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:
+        """As `Backend.unsupported`, as far as it is known before a model is loaded with these properties."""
+        ...
+
     def open(self, request: LoadRequest) -> Backend:
         """Load the model."""
         ...

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ov_phi3.generation.results import GenerationResult
     from ov_phi3.pipeline import Pipeline
 
-__all__ = ["measure"]
+__all__ = ["Plan", "check_plan", "measure"]
 
 _SYSTEM_MESSAGE_WORDS = 40
 _CHAT_REPLY_TOKENS = 32
@@ -67,14 +67,14 @@ def measure(
         TypeError: a length or count that is not a whole number.
     """
     lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else prompt_tokens
-    plan = _plan(lengths, new_tokens, repeat, ends, chat_turns, seed)
+    plan = check_plan(lengths, new_tokens, repeat, ends, chat_turns, seed)
     _check_room(pipe, plan)
     results = _run(pipe, plan, roofline, progress or (lambda _: None))
     return _report(pipe, plan, results)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The checked arguments of `measure` that define the measured replies."""
 
     prompt_tokens: tuple[int, ...]
@@ -85,11 +85,17 @@ class _Plan:
     seed: int
 
 
-def _plan(prompt_tokens: Sequence[int], new_tokens: int, repeat: int, ends: str, chat_turns: int, seed: int) -> _Plan:
-    """Check the arguments of `measure`."""
+def check_plan(
+    prompt_tokens: Sequence[int], new_tokens: int, repeat: int, ends: str, chat_turns: int, seed: int
+) -> Plan:
+    """Check the arguments of `measure`, which need no model.
+
+    Raises:
+        ConfigError, TypeError: see `measure`.
+    """
     if ends not in ("forced", "natural"):
         raise ConfigError(f"ends={ends!r}; expected 'forced' or 'natural'.")
-    return _Plan(
+    return Plan(
         prompt_tokens=tuple(whole_number("prompt_tokens", length, "tokens", least=1) for length in prompt_tokens),
         new_tokens=whole_number("new_tokens", new_tokens, "tokens", least=1),
         repeat=whole_number("repeat", repeat, least=1),
@@ -99,7 +105,7 @@ def _plan(prompt_tokens: Sequence[int], new_tokens: int, repeat: int, ends: str,
     )
 
 
-def _check_room(pipe: Pipeline, plan: _Plan) -> None:
+def _check_room(pipe: Pipeline, plan: Plan) -> None:
     """Refuse lengths that do not fit the context window, before minutes of measuring."""
     config = GenerationConfig(max_new_tokens=plan.new_tokens)
     for length in plan.prompt_tokens:
@@ -119,7 +125,7 @@ class _Results:
     roofline: Roofline | None
 
 
-def _run(pipe: Pipeline, plan: _Plan, roofline: bool, show: Callable[[str], object]) -> _Results:
+def _run(pipe: Pipeline, plan: Plan, roofline: bool, show: Callable[[str], object]) -> _Results:
     """Take all measurements of a plan."""
     unused = pipe.unused
     show("first inference")
@@ -134,7 +140,7 @@ def _run(pipe: Pipeline, plan: _Plan, roofline: bool, show: Callable[[str], obje
 
 
 def _measure_replies(
-    pipe: Pipeline, plan: _Plan, rng: random.Random, show: Callable[[str], object]
+    pipe: Pipeline, plan: Plan, rng: random.Random, show: Callable[[str], object]
 ) -> list[list[GenerationResult]]:
     """Measure `plan.repeat` replies of each prompt length, after a warm-up reply of each that is discarded."""
     replies: list[list[GenerationResult]] = [[] for _ in plan.prompt_tokens]
@@ -150,7 +156,7 @@ def _measure_replies(
 
 
 def _measure_chat(
-    pipe: Pipeline, plan: _Plan, rng: random.Random, show: Callable[[str], object]
+    pipe: Pipeline, plan: Plan, rng: random.Random, show: Callable[[str], object]
 ) -> tuple[ChatTurn, ...]:
     """Measure conversations whose messages and replies have equal lengths and fresh content; the first is discarded."""
     if not plan.chat_turns:
@@ -174,7 +180,7 @@ def _measure_roofline(pipe: Pipeline, show: Callable[[str], object]) -> Roofline
 
 
 def _measurement(
-    prompt_tokens: int, plan: _Plan, results: Sequence[GenerationResult], limit: Roofline | None
+    prompt_tokens: int, plan: Plan, results: Sequence[GenerationResult], limit: Roofline | None
 ) -> Measurement:
     measurement = Measurement(
         samples=tuple(result.metrics for result in results),
@@ -190,7 +196,7 @@ def _measurement(
     return replace(measurement, roofline_fraction=fraction)
 
 
-def _report(pipe: Pipeline, plan: _Plan, results: _Results) -> Report:
+def _report(pipe: Pipeline, plan: Plan, results: _Results) -> Report:
     """The results with all that they depend on."""
     return Report(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -212,7 +218,7 @@ def _report(pipe: Pipeline, plan: _Plan, results: _Results) -> Report:
     )
 
 
-def _settings(pipe: Pipeline, plan: _Plan) -> dict[str, Any]:
+def _settings(pipe: Pipeline, plan: Plan) -> dict[str, Any]:
     """How the model was loaded and measured, as JSON-ready values."""
     load_report = pipe.load_report
     return {

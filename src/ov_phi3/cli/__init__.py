@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ov_phi3._version import __version__
+from ov_phi3.cli import terminal
+from ov_phi3.cli.parser import CommandParser
+from ov_phi3.cli.words import in_flags
 from ov_phi3.errors import ConfigError, Error, ExportError
 
 __all__ = ["build_parser", "main"]
@@ -16,7 +18,7 @@ __all__ = ["build_parser", "main"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ov-phi3`, with a subparser per command."""
-    from ov_phi3.cli import cache, reply, serve, tools
+    from ov_phi3.cli import cache, chat, generate, serve, tools
 
     parser = argparse.ArgumentParser(
         prog="ov-phi3",
@@ -29,11 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command",
         metavar="COMMAND",
         required=True,
-        parser_class=_CommandParser,
+        parser_class=CommandParser,
     )
     tools.add_export(commands)
-    reply.add_generate(commands)
-    reply.add_chat(commands)
+    generate.add_generate(commands)
+    chat.add_chat(commands)
     serve.add_batch(commands)
     serve.add_serve(commands)
     cache.add_cache(commands)
@@ -43,23 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _CommandParser(argparse.ArgumentParser):
-    """A parser without abbreviated flags: an abbreviation would change its meaning when a flag is added."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "allow_abbrev": False})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an unprintable character must not end the reply
-    parser = build_parser()
-    args, extra = parser.parse_known_args(argv)
+    args, extra = build_parser().parse_known_args(argv)
     if extra and args.command != "export":
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        args.parser.error(args.parser.describe_unknown(extra))
     args.extra = extra
+    terminal.set_quiet(getattr(args, "quiet", False))
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -70,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Error, OSError) as exc:
-        print(f"ov-phi3: {type(exc).__name__}: {_one_line(exc)}", file=sys.stderr)
+        message = in_flags(_one_line(exc), args.parser.flags)
+        print(f"ov-phi3: {type(exc).__name__}: {message}", file=sys.stderr)
         return 2 if isinstance(exc, ConfigError) else 1
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from ov_phi3.bench.table import table
 from ov_phi3.cli import terminal
+from ov_phi3.cli.texts import STDIN, StandardInput, checked_argument, read_text
 from ov_phi3.errors import ConfigError
 
 __all__ = ["add_cache"]
@@ -73,14 +73,15 @@ def _read_prompt(args: argparse.Namespace) -> Any:
     from ov_phi3.text.template import Raw
 
     if args.system is not None:
-        text = (sys.stdin.read() if sys.stdin else "") if args.system == "-" else args.system
+        stdin = StandardInput()
+        text = stdin.read() if args.system == STDIN else checked_argument("--system", args.system)
         return [{"role": "system", "content": text}]
     source = args.messages or args.raw
+    text = read_text(source, StandardInput(), exact=args.raw is not None)
     try:
-        text = source.read_text(encoding="utf-8")
         prompt = json.loads(text) if args.messages else Raw(text)
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"{source} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{source} cannot be read: {exc}.") from exc
     if args.messages and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         raise ConfigError(f"{source}: expected a JSON list of {{role, content}} messages.")
     return prompt

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from ov_phi3.exporting.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
-__all__ = ["PrefillBar", "add_load_arguments", "dim", "load", "note", "progress", "status_line"]
+__all__ = [
+    "PrefillBar",
+    "add_load_arguments",
+    "dim",
+    "is_live",
+    "load",
+    "note",
+    "progress",
+    "properties",
+    "set_quiet",
+    "status_line",
+]
 
 
 def dim(text: str) -> str:
@@ -28,9 +39,24 @@ def dim(text: str) -> str:
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Print notes, warnings and progress from now on, or none of them."""
+    global _quiet
+    _quiet = quiet
+
+
 def note(text: str, *, end: str = "\n") -> None:
-    """Print a line for a person to stderr."""
-    print(dim(text), end=end, file=sys.stderr, flush=True)
+    """Print a line for a person to stderr, unless they want none."""
+    if not _quiet:
+        print(dim(text), end=end, file=sys.stderr, flush=True)
+
+
+def is_live() -> bool:
+    """Whether lines that are redrawn can be shown."""
+    return sys.stderr is not None and sys.stderr.isatty() and not _quiet
 
 
 _CLEAR = "\r\x1b[K"
@@ -43,7 +69,7 @@ def _redraw(text: str) -> None:
 
 def progress(line: ProgressLine) -> None:
     """Show a line of an export; progress bars are redrawn on a terminal and left out everywhere else."""
-    on_terminal = sys.stderr.isatty()
+    on_terminal = is_live()
     if not line.transient:
         note((_CLEAR if on_terminal else "") + line)
     elif on_terminal:
@@ -53,7 +79,7 @@ def progress(line: ProgressLine) -> None:
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """A status line that is redrawn on a terminal and cleared at the end; nothing is shown everywhere else."""
-    on_terminal = sys.stderr.isatty()
+    on_terminal = is_live()
 
     def show(text: str) -> None:
         if on_terminal:
@@ -80,7 +106,7 @@ class PrefillBar:
         """Redraw the bar; clear it when the prefill is done."""
         if self._first is None:
             self._first = done
-        if not sys.stderr.isatty() or total - self._first < self.MIN_TOKENS:
+        if not is_live() or total - self._first < self.MIN_TOKENS:
             return
         if done >= total:
             self.clear()

@@ -122,8 +122,9 @@ def add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ov_phi3.bench.measuring import measure
+    from ov_phi3.bench.measuring import check_plan, measure
 
+    check_plan(args.prompt_tokens, args.new_tokens, args.repeat, args.ends, args.chat_turns, args.seed)
     with terminal.load(args) as pipe, terminal.status_line() as show:
         report = measure(
             pipe,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.kv.prefix_index import PrefixIndex
 
-__all__ = ["Limits", "seconds"]
+__all__ = ["Limits", "check_ids", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Limits:
         explicit_length = config.max_new_tokens is not None or config.max_length is not None
         if resolved.is_multi_sequence and not explicit_length:
             resolved = self._limit_several(resolved, prompt_tokens)
-        self._check_ids(resolved)
+        check_ids(resolved, self.vocab_size)
         return self.long_rope.limit(resolved, prompt_tokens, explicit_length=explicit_length)
 
     def _limit_several(self, resolved: GenerationConfig, prompt_tokens: int) -> GenerationConfig:
@@ -67,15 +67,6 @@ class Limits:
         if most >= (resolved.max_new_tokens or 0):
             return resolved
         return resolved.replace(max_new_tokens=most, min_new_tokens=min(resolved.min_new_tokens or 0, most))
-
-    def _check_ids(self, resolved: GenerationConfig) -> None:
-        biased = list(dict(resolved.logit_bias or ()))
-        bad = [i for word in resolved.bad_words or () if not isinstance(word, str) for i in word]
-        stops = resolved.stop_token_ids or ()
-        for name, ids in (("stop_token_ids", stops), ("logit_bias", biased), ("bad_words", bad)):
-            outside = [i for i in ids if i >= self.vocab_size]
-            if outside:
-                raise ConfigError(f"{name} holds {outside[0]}; ids go from 0 to {self.vocab_size - 1}.")
 
     def check_room(self, config: GenerationConfig, prompt_tokens: int) -> None:
         """Refuse a prompt, or a requested length, past the context window.
@@ -106,6 +97,21 @@ class Limits:
             max_new_tokens=new,
             context_length=self.context_length,
         )
+
+
+def check_ids(config: GenerationConfig, vocab_size: int) -> None:
+    """Refuse options that name token ids outside of the vocabulary.
+
+    Raises:
+        ConfigError: one of them does.
+    """
+    biased = list(dict(config.logit_bias or ()))
+    bad = [i for word in config.bad_words or () if not isinstance(word, str) for i in word]
+    stops = config.stop_token_ids or ()
+    for name, ids in (("stop_token_ids", stops), ("logit_bias", biased), ("bad_words", bad)):
+        outside = [i for i in ids if i >= vocab_size]
+        if outside:
+            raise ConfigError(f"{name} holds {outside[0]}; ids go from 0 to {vocab_size - 1}.")
 
 
 def _check_streamable(resolved: GenerationConfig) -> None:

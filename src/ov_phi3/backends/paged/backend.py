@@ -70,6 +70,15 @@ class PagedBackendSpec:
         """None: any model can run several requests at once."""
         return
 
+    def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:  # noqa: ARG002
+        """A confidence of drafts."""
+        if config.assistant_confidence_threshold is None:
+            return None
+        return (
+            "assistant_confidence_threshold is for a draft model on backend='llm_pipeline'; speculation='auto' "
+            "chooses the number of drafts here."
+        )
+
     def open(self, request: LoadRequest) -> PagedBackend:
         """Load the model."""
         return PagedBackend(request)
@@ -130,11 +139,8 @@ class PagedBackend:
 
     def unsupported(self, config: GenerationConfig) -> str | None:
         """A confidence of drafts; a structure that cannot be compiled."""
-        if config.assistant_confidence_threshold is not None:
-            return (
-                "assistant_confidence_threshold is for a draft model on backend='llm_pipeline'; speculation='auto' "
-                "chooses the number of drafts here."
-            )
+        if (problem := PagedBackendSpec().unsupported(config, {})) is not None:
+            return problem
         try:
             self._constraints.start(config)
         except ConfigError as exc:

@@ -1,0 +1,105 @@
+"""Checks of a command's options before its model is loaded, which can take half a minute."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ov_phi3.backends.protocol import BACKENDS
+from ov_phi3.backends.registry import backend_spec, backends_with
+from ov_phi3.cli import terminal
+from ov_phi3.engine.limits import check_ids, seconds
+from ov_phi3.errors import ConfigError, SnapshotError
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.contradictions import check_resolved
+from ov_phi3.kv import snapshot
+from ov_phi3.model.info import ModelInfo
+
+__all__ = ["check_files", "check_reply", "check_timeout", "contradict", "unused_seed"]
+
+_SAVED_AS = {"prefix": "--prefix takes it", "chat": "`ov-phi3 chat --load` takes it"}
+
+
+def check_reply(args: argparse.Namespace, config: GenerationConfig, saved: Sequence[Path | None] = ()) -> str:
+    """Check the options of a reply against the model's files and the backend; return the backend that runs it.
+
+    Args:
+        args: the command line.
+        config: its generation options.
+        saved: files with saved KV caches that the command continues from.
+
+    Raises:
+        ConfigError: options that contradict each other, do not fit the model, or that no backend supports.
+        ModelError: the model directory cannot be used.
+    """
+    info = ModelInfo.from_dir(args.model)
+    window = args.context_length or info.context_length
+    properties = terminal.properties(args.ov_config)
+    for name in ("max_new_tokens", "min_new_tokens", "max_length"):
+        if (value := getattr(config, name) or 0) > window - (name != "max_length"):
+            raise ConfigError(f"{name}={value} does not fit the context window of {window} tokens, prompt included.")
+    resolved = config.resolve(room=window)
+    check_resolved(resolved)
+    check_ids(resolved, info.vocab_size)
+    possible = backends_with("saves_kv") if any(path is not None for path in saved) else list(BACKENDS)
+    if args.backend is not None and args.backend not in possible:
+        raise ConfigError(f"backend={args.backend!r} cannot continue from a saved KV cache; use {possible[0]}.")
+    problems = []
+    for backend in [args.backend] if args.backend else possible:
+        if (problem := backend_spec(backend).unsupported(resolved, properties)) is None:
+            return str(backend)
+        problems.append(problem)
+    raise ConfigError(problems[0])
+
+
+def check_files(prefix: Path | None, chat: Path | None = None) -> None:
+    """Check that files with saved KV caches are there, whole, and of the right kind.
+
+    Raises:
+        SnapshotError: one is not.
+    """
+    for path, kind in ((prefix, "prefix"), (chat, "chat")):
+        if path is None:
+            continue
+        saved = snapshot.read(path, verify=False)  # loading compares the checksums of the tensors
+        if saved.kind != kind:
+            raise SnapshotError(f"{path} holds a {saved.kind}, not a {kind}; {_SAVED_AS[saved.kind]}.")
+
+
+def check_timeout(args: argparse.Namespace) -> None:
+    """Check `--timeout`.
+
+    Raises:
+        ConfigError: it is not above 0.
+    """
+    if args.timeout is not None:
+        seconds("timeout", args.timeout)
+
+
+def contradict(args: argparse.Namespace, pairs: Sequence[tuple[str, str, str]]) -> None:
+    """Refuse flags that exclude each other.
+
+    Args:
+        args: the command line.
+        pairs: names of two arguments, and the reason.
+
+    Raises:
+        ConfigError: both of a pair were given.
+    """
+    for one, other, reason in pairs:
+        if getattr(args, one) not in (None, False) and getattr(args, other) not in (None, False):
+            flags = ["--" + name.replace("_", "-") for name in (one, other)]
+            raise ConfigError(f"{flags[0]} and {flags[1]} contradict each other: {reason}.")
+
+
+def unused_seed(config: GenerationConfig, defaults: GenerationConfig) -> str | None:
+    """A sentence about a seed that has no effect, or None.
+
+    Args:
+        config: the options of the command line.
+        defaults: the model's own options.
+    """
+    if config.seed is None or config.merged_over(defaults).samples:
+        return None
+    return f"--seed {config.seed} has no effect: the reply is greedy. Sampling begins with --temperature, for instance."
