@@ -28,6 +28,15 @@ def chat_line(name: str, **body: Any) -> dict[str, Any]:
     return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
+ADD = {
+    "name": "add",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+}
 ROWS: list[Any] = [
     "What is the capital of France?",
     {"id": "a", "prompt": "Hi", "max_new_tokens": 3},
@@ -39,12 +48,14 @@ ROWS: list[Any] = [
     {**chat_line("c4"), "url": "/v1/embeddings"},
     {"prompt": [5, 6, 7], "seed": 9},
     *[f"Number {n}" for n in range(8)],
+    chat_line("c5", tools=[ADD], tool_choice="required", max_tokens=400),
+    {"prompt": "Hi", "tools": [ADD], "tool_choice": "required", "max_new_tokens": 400},
 ]
 
 
 @pytest.fixture(scope="module")
-def pipe3(demo_int4: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
-    with ov_phi3.load(demo_int4, device=device, concurrency=3, ov_config=EXACT) as pipe:
+def pipe3(demo_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
+    with ov_phi3.load(demo_fp32, device=device, concurrency=3, ov_config=EXACT) as pipe:
         yield pipe
 
 
@@ -68,7 +79,7 @@ def undisturbed(pipe3: ov_phi3.Pipeline, tmp_path_factory: pytest.TempPathFactor
 def test_each_row_has_its_line_in_order(undisturbed: bytes, pipe3: ov_phi3.Pipeline) -> None:
     lines = [json.loads(line) for line in undisturbed.splitlines()]
     assert [line.get("custom_id", line.get("index")) for line in lines] == [
-        0, 1, "c1", 3, "c2", 5, "c3", "c4", 8, *range(9, 17),
+        0, 1, "c1", 3, "c2", 5, "c3", "c4", 8, *range(9, 17), "c5", 18,
     ]  # fmt: skip
     assert (lines[1]["id"], lines[1]["generated_tokens"], lines[1]["finish_reason"]) == ("a", 3, "length")
     assert lines[5]["error"]["type"] == "ConfigError"
@@ -80,6 +91,9 @@ def test_each_row_has_its_line_in_order(undisturbed: bytes, pipe3: ov_phi3.Pipel
     for line, word in ((lines[6], "nosuch"), (lines[7], "/v1/embeddings")):
         assert line["response"]["status_code"] == 400
         assert word in line["response"]["body"]["error"]["message"]
+    for calls in (lines[17]["response"]["body"]["choices"][0]["message"]["tool_calls"], lines[18]["tool_calls"]):
+        assert {call["function"]["name"] for call in calls} == {"add"}
+        assert len({call["id"] for call in calls}) == len(calls)
     greedy = pipe3.generate("Tell me about c2.", max_new_tokens=2, ignore_eos=True, temperature=0)
     assert lines[4]["response"]["body"]["choices"][0]["message"]["content"] == greedy.text
     alone = pipe3.generate("Number 3", CONFIG.replace(seed=ov_phi3.many.row_seed(5, 12)))
@@ -107,10 +121,10 @@ def test_lines_of_other_prompts_or_options_are_refused_and_stay(
 ) -> None:
     out = prompts.with_name("out.jsonl")
     out.write_bytes(undisturbed)
-    with pytest.raises(ov_phi3.ConfigError, match="other prompts or other options"):
+    with pytest.raises(ov_phi3.ConfigError, match="other options or other properties"):
         run_batch(pipe3, prompts, out, CONFIG.replace(seed=6))
     prompts.write_text('"another"\n')
-    with pytest.raises(ov_phi3.ConfigError, match="other prompts or other options"):
+    with pytest.raises(ov_phi3.ConfigError, match="other options or other properties"):
         run_batch(pipe3, prompts, out, CONFIG)
     assert out.read_bytes() == undisturbed
 
@@ -125,14 +139,30 @@ def test_a_file_that_is_no_batch_is_refused(pipe3: ov_phi3.Pipeline, tmp_path: P
         run_batch(pipe3, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
+def test_replies_of_other_conditions_are_refused(
+    pipe3: ov_phi3.Pipeline, prompts: Path, undisturbed: bytes, device: str
+) -> None:
+    out = prompts.with_name("out.jsonl")
+    out.write_bytes(undisturbed)
+    with pytest.raises(ov_phi3.ConfigError, match="other properties"):
+        run_batch(pipe3, prompts, out, CONFIG, model_name="another")
+    for how in ({"ov_config": {**EXACT, "KV_CACHE_PRECISION": "u8"}}, {"ov_config": EXACT, "context_length": 500}):
+        options: dict[str, Any] = {"device": device, "concurrency": 3, **how}
+        with ov_phi3.load(pipe3.info.path, **options) as other, pytest.raises(ov_phi3.ConfigError, match="properties"):
+            run_batch(other, prompts, out, CONFIG)
+    with ov_phi3.load(pipe3.info.path, device=device, concurrency=5, ov_config=EXACT) as other:
+        assert run_batch(other, prompts, out, CONFIG).kept == len(ROWS)
+    assert out.read_bytes() == undisturbed
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_killed_command_goes_on(demo_int4: Path, device: str, tmp_path: Path) -> None:
+def test_a_command_killed_ten_times_goes_on(demo_fp32: Path, device: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(f"Say {n}") + "\n" for n in range(40)))
     rng = random.Random(1)
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         options = ["--max-new-tokens", "6", "--ignore-eos", "--temperature", "1", "--seed", "4", "--concurrency", "4"]
-        files = [str(demo_int4), str(tmp_path / "in.jsonl"), str(out)]
+        files = [str(demo_fp32), str(tmp_path / "in.jsonl"), str(out)]
         command = [sys.executable, "-m", "ov_phi3", "batch", *files, "--device", device, *options]
         return subprocess.Popen(command, stderr=subprocess.PIPE)
 
@@ -140,10 +170,11 @@ def test_a_killed_command_goes_on(demo_int4: Path, device: str, tmp_path: Path) 
     with start(whole) as process:
         assert process.stderr is not None
         assert b" 0 errors" in process.stderr.read()
-    for at in (rng.randrange(1, 12), rng.randrange(15, 30)):
+    for at in sorted(rng.sample(range(39), 10)):
         with start(torn) as process:
             while process.poll() is None and (not torn.exists() or torn.read_bytes().count(b"\n") < at):
-                time.sleep(0.005)
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.02))  # where in a step the kill comes is left to chance
             process.send_signal(signal.SIGKILL)
         assert torn.read_bytes().count(b"\n") >= at
     with start(torn) as process:

@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.files import lock_file, write_atomically
 from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.kv.fingerprint import fingerprint_of
 from ov_phi3.many import REQUEST_OPTIONS, row_seed, split_row
 from ov_phi3.serving import openai_format, openai_requests
 
@@ -87,12 +88,12 @@ def run_batch(
 
     Raises:
         ConfigError: a line of the input is not JSON, two have one custom_id, or the output has replies to other
-            prompts or options.
+            prompts, or of another model, other options, another device or other properties.
         ClosedError: the pipeline was closed.
         OSError: a file cannot be read or written, or another run writes the output.
     """
     config = config or GenerationConfig()
-    rows = _read_rows(prompts, f"{pipe.info.fingerprint} {config.to_dict()}")
+    rows = _read_rows(prompts, _conditions(pipe, config, model_name))
     lock = replies.with_name(f".{replies.name}.lock")
     with closing(lock_file(lock)):
         offsets = _kept_lines(replies, rows)
@@ -118,6 +119,22 @@ def run_batch(
     with suppress(OSError):
         lock.unlink()
     return BatchSummary(len(rows), kept, errors, tokens)
+
+
+def _conditions(pipe: Pipeline, config: GenerationConfig, model_name: str) -> str:
+    """All that a reply depends on besides its row. Replies of two of them are not mixed in one output."""
+    report = pipe.load_report
+    properties = sorted((name, str(value)) for name, value in report.ov_config.items() if name != "CACHE_DIR")
+    conditions = {
+        **fingerprint_of(pipe.info, pipe.tokenizer.template),
+        "backend": report.backend,
+        "device": pipe.device.full_name,
+        "properties": properties,
+        "window": pipe.context_length,
+        "config": repr(config.to_dict()),
+        "name": model_name,
+    }
+    return json.dumps(conditions, sort_keys=True)
 
 
 # -- the input --------------------------------------------------------------------------------------------------------
@@ -185,6 +202,9 @@ class _Writer:
         self._model_name = model_name
 
     def line(self, row: _Row, outcome: GenerationResult | Error) -> bytes:
+        if not isinstance(outcome, Error):  # the ids of calls are drawn at random
+            calls = [replace(call, id=f"call_{row.key}_{at}") for at, call in enumerate(outcome.tool_calls)]
+            outcome = replace(outcome, tool_calls=tuple(calls))
         value = self._openai(row, outcome) if row.is_openai else self._own(row, outcome)
         return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
@@ -195,8 +215,8 @@ class _Writer:
         if isinstance(outcome, Error):
             return {**head, "error": {"type": type(outcome).__name__, "message": str(outcome)}}
         reply: dict[str, Any] = {"text": outcome.text, "finish_reason": outcome.finish_reason}
-        if calls := openai_format.tool_call_dicts(outcome):
-            reply["tool_calls"] = calls
+        if outcome.tool_calls:
+            reply["tool_calls"] = [call.to_dict() for call in outcome.tool_calls]
         if outcome.alternatives:
             reply["alternatives"] = [a.text for a in outcome.alternatives]
         if outcome.logprobs:
@@ -246,8 +266,8 @@ def _kept_lines(path: Path, rows: list[_Row]) -> dict[int, tuple[int, int]]:
         row = by_name.get(name)
         if row is None or row.key != key:
             raise ConfigError(
-                f"{path} has replies to other prompts or other options ({name}). Give another output file, or remove "
-                "it."
+                f"{path} has replies to other prompts, or of another model, other options or other properties "
+                f"({name}). Give another output file, or remove it."
             )
         found.setdefault(row.index, (offset, len(line)))
     if end != path.stat().st_size:

@@ -38,30 +38,21 @@ class ChatEvents:
         request = self._replies.request
         for at in range(request.count):
             yield self._event(at, {"role": "assistant", "content": ""})
+        calls = [0] * request.count
         async for at, chunk in self._replies.chunks():
             logprobs = None
             if chunk.logprobs:
                 logprobs = openai_format.chat_logprobs(chunk.logprobs, self._tokenizer, self._end_ids)
-            # What may be a tool call is known when it has ended: text is held back while tools are offered.
-            if (chunk.text or logprobs) and not request.tools:
+            if chunk.text or logprobs:
                 yield self._event(at, {"content": chunk.text}, logprobs=logprobs)
+            for call in chunk.tool_calls:
+                yield self._event(at, {"tool_calls": [{"index": calls[at], **call.to_dict()}]})
+                calls[at] += 1
             if chunk.finish_reason is not None:
-                async for event in self._last(at):
-                    yield event
+                yield self._event(at, {}, finish_reason=openai_format.finish_reason(chunk.finish_reason))
         if request.include_usage:
             results = await self._replies.results()
             yield {**self._head, "choices": [], "usage": openai_format.usage(results, request.n)}
-
-    async def _last(self, at: int) -> AsyncIterator[dict[str, Any]]:
-        """The events at the end of a reply."""
-        result = await self._replies.streams[at].aresult()
-        if self._replies.request.tools:
-            calls = openai_format.tool_call_dicts(result)
-            if result.text:
-                yield self._event(at, {"content": result.text})
-            for index, call in enumerate(calls):
-                yield self._event(at, {"tool_calls": [{"index": index, **call}]})
-        yield self._event(at, {}, finish_reason=openai_format.finish_reason(result))
 
     def _event(
         self,
@@ -100,9 +91,7 @@ class CompletionEvents:
                 yield self._event(at, text, None, None)
         async for at, chunk in self._replies.chunks():
             logprobs = self._logprobs(chunk, offsets, at)
-            reason = None
-            if chunk.finish_reason is not None:
-                reason = openai_format.finish_reason(await self._replies.streams[at].aresult())
+            reason = chunk.finish_reason and openai_format.finish_reason(chunk.finish_reason)
             if chunk.text or logprobs or reason:
                 yield self._event(at, chunk.text, logprobs, reason)
         if request.include_usage:

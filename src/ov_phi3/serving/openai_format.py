@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ov_phi3.errors import ClosedError, ContextOverflowError, Error, GenerationError, StreamError
 
 if TYPE_CHECKING:
-    from ov_phi3.generation.results import GenerationResult, TokenLogprob
+    from ov_phi3.generation.results import FinishReason, GenerationResult, TokenLogprob
     from ov_phi3.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "error_body",
     "error_of",
     "finish_reason",
-    "tool_call_dicts",
     "usage",
 ]
 
@@ -37,6 +35,8 @@ def error_of(exc: BaseException) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the body for an exception of the library."""
     message = " ".join(str(exc).split())
     if isinstance(exc, ContextOverflowError):
+        # OpenAI's words, by which clients such as LiteLLM know this error; they do not look at the code.
+        message = f"This model's maximum context length is exceeded: {message}"
         return 400, error_body(message, "invalid_request_error", param="messages", code="context_length_exceeded")
     if isinstance(exc, ClosedError):
         return 503, error_body(message, "server_error", code="closed")
@@ -47,23 +47,9 @@ def error_of(exc: BaseException) -> tuple[int, dict[str, Any]]:
     return 500, error_body("the server failed; its log has the reason.", "server_error")
 
 
-def finish_reason(result: GenerationResult) -> str:
+def finish_reason(reason: FinishReason) -> str:
     """Why a reply ended, in OpenAI's words."""
-    if tool_call_dicts(result):
-        return "tool_calls"
-    return "stop" if result.finish_reason == "stop" else "length"
-
-
-def tool_call_dicts(result: GenerationResult) -> list[dict[str, Any]]:
-    """The reply's tool calls."""
-    return [
-        {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-        }
-        for call in getattr(result, "tool_calls", ())
-    ]
+    return reason if reason in ("stop", "tool_calls") else "length"
 
 
 def usage(results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
@@ -81,14 +67,19 @@ def usage(results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
 
 def chat_choice(result: GenerationResult, index: int, tokenizer: Tokenizer, end_ids: Sequence[int]) -> dict[str, Any]:
     """One choice of a chat completion."""
-    calls = tool_call_dicts(result)
     message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
-    if calls:
+    if result.tool_calls:
+        calls = [call.to_dict() for call in result.tool_calls]
         message |= {"content": result.text or None, "tool_calls": calls}
     logprobs = None
     if result.config.top_logprobs is not None:
         logprobs = chat_logprobs(result.logprobs, tokenizer, end_ids)
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(result)}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason(result.finish_reason),
+    }
 
 
 def chat_logprobs(entries: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -112,7 +103,7 @@ def completion_choice(
     if result.config.top_logprobs is not None:
         logprobs = completion_logprobs(result.logprobs, tokenizer, end_ids, offset=len(before))
     text = before + result.text
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(result)}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(result.finish_reason)}
 
 
 def completion_logprobs(

@@ -130,7 +130,8 @@ class ReplyRunner:
         """The server's limit, or what the context window leaves of it."""
         assert self._max_tokens is not None
         prompt = request.prompts[at // request.n]
-        used = self._pipe.count_tokens(prompt, continue_final_message=request.continue_final_message)
+        tools = (request.tools or {}).get("tools")
+        used = self._pipe.count_tokens(prompt, continue_final_message=request.continue_final_message, tools=tools)
         return max(1, min(self._max_tokens, self._pipe.context_length - used))
 
     def _end(self, replies: Replies) -> None:
