@@ -197,7 +197,10 @@ def build_whole(name: str, final: Path, command: Callable[[Path], Sequence[str |
     with tempfile.TemporaryDirectory(dir=home, prefix=f".building-{name}-", ignore_cleanup_errors=True) as folder:
         out = Path(folder) / name
         verb = "build" if name.endswith("-hf") else "export"
-        run_step(f"{verb} the model {name}", command(out), new_log(f"model-{name}"))
+        # The list of the user's models does not get the models of the tests.
+        run_step(
+            f"{verb} the model {name}", command(out), new_log(f"model-{name}"), variables={"OV_PHI3_STATE": folder}
+        )
         if not out.is_dir():
             raise BootstrapError(f"making {name} left no directory {out}")
         final.parent.mkdir(exist_ok=True)

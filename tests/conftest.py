@@ -7,9 +7,12 @@ true.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 # A shell's background job ignores Ctrl-C, and so would everything that is started here: the tests send it on purpose.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The command line keeps a list of models and a history for its user, who is not this test run.
+os.environ["OV_PHI3_STATE"] = tempfile.mkdtemp(prefix="ov_phi3-state-")
+atexit.register(shutil.rmtree, os.environ["OV_PHI3_STATE"], ignore_errors=True)
 
 # No timed assertions: an example that takes long on a busy machine is not wrong.
 settings.register_profile("ov_phi3", deadline=None)

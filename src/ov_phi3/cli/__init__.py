@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ov_phi3._version import __version__
 from ov_phi3.cli import terminal
+from ov_phi3.cli.model_list import find_model
 from ov_phi3.cli.parser import CommandParser
 from ov_phi3.cli.words import in_flags
 from ov_phi3.errors import ConfigError, Error, ExportError
@@ -18,7 +19,7 @@ __all__ = ["build_parser", "main"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ov-phi3`, with a subparser per command."""
-    from ov_phi3.cli import cache, chat, generate, serve, tools
+    from ov_phi3.cli import cache, chat, generate, models, serve, tools
 
     parser = argparse.ArgumentParser(
         prog="ov-phi3",
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser_class=CommandParser,
     )
     tools.add_export(commands)
+    models.add_models(commands)
     generate.add_generate(commands)
     chat.add_chat(commands)
     serve.add_batch(commands)
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.extra = extra
     terminal.set_quiet(getattr(args, "quiet", False))
     try:
+        if getattr(args, "model", None) is not None:
+            args.model = find_model(args.model)
         return int(args.run(args))
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3.backends.protocol import BACKENDS
+from ov_phi3.cli.model_list import remember
 
 if TYPE_CHECKING:
     import argparse
@@ -126,7 +127,7 @@ class PrefillBar:
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that load a model."""
-    parser.add_argument("model", type=Path, help="directory of an exported model")
+    parser.add_argument("model", type=Path, help="directory of an exported model, or a name of `ov-phi3 models`")
     parser.add_argument(
         "--device",
         default="AUTO",
@@ -183,6 +184,7 @@ def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
             concurrency=getattr(args, "concurrency", 1),
         )
     note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
+    remember(pipe.info)
     for warning in caught:
         note(f"warning: {warning.message}")
     return pipe

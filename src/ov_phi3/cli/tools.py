@@ -12,6 +12,7 @@ from typing import Any
 
 from ov_phi3.bench.table import table
 from ov_phi3.cli import terminal
+from ov_phi3.cli.model_list import remember
 from ov_phi3.errors import ConfigError
 
 __all__ = ["add_bench", "add_devices", "add_doctor", "add_export"]
@@ -48,6 +49,7 @@ def _export(args: argparse.Namespace) -> int:
         progress=terminal.progress,
         **_flags(args.extra),
     )
+    remember(info)
     if args.json:
         print(json.dumps(info.to_dict(), indent=2))
     else:
