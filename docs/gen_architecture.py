@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "ov_phi3"
 # From the top. A package imports only packages below it.
 LAYERS = ("cli", "serving", "bench", "root", "exporting", "engine", "backends")
 LAYERS += ("kv", "generation", "text", "model", "system", "ground")
-GROUND = ("errors", "checks", "files", "_version")
+GROUND = ("errors", "checks", "files", "signatures", "_version")
 NOT_LISTED = ("__init__", "__main__", "_version")
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ov_phi3.generation import names
-from ov_phi3.generation.config import DEFAULTS, GenerationConfig
+from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.options import DEFAULTS
 
 PAGE = Path(__file__).with_name("options.md")
 

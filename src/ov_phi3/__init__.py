@@ -9,9 +9,17 @@ from ov_phi3._version import __version__
 
 TYPE_CHECKING = False  # type checkers take it for typing's, whose import would take most of this one's time
 if TYPE_CHECKING:
-    from typing import Any
-
-    from ov_phi3.backends.protocol import Backend, BackendReport, EngineReport, Request
+    from ov_phi3.backends.protocol import (
+        Backend,
+        BackendName,
+        BackendReport,
+        Capabilities,
+        EngineReport,
+        Hypothesis,
+        Request,
+        TokenSink,
+    )
+    from ov_phi3.backends.words import TokenTexts
     from ov_phi3.bench.measuring import measure
     from ov_phi3.bench.prompts import random_prompt
     from ov_phi3.bench.report import Report
@@ -19,8 +27,9 @@ if TYPE_CHECKING:
     from ov_phi3.bench.samples import ChatTurn, Measurement
     from ov_phi3.bench.summary import Summary
     from ov_phi3.chat import Chat
-    from ov_phi3.doctor import Check, diagnose
+    from ov_phi3.doctor import Check, CheckStatus, diagnose
     from ov_phi3.engine.stream import TokenStream
+    from ov_phi3.engine.worker import OnPrefill
     from ov_phi3.errors import (
         ClosedError,
         ConfigError,
@@ -35,29 +44,72 @@ if TYPE_CHECKING:
         StreamError,
         TemplateError,
     )
+    from ov_phi3.exporting.child import ProgressLine
     from ov_phi3.exporting.exporter import export
+    from ov_phi3.exporting.flags import ExportFlags, RecipeName
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.generation.metrics import Metrics
-    from ov_phi3.generation.results import Alternative, GenerationResult, Score, StreamChunk, TokenLogprob
+    from ov_phi3.generation.options import (
+        GenerationOptions,
+        LogitsProcessor,
+        OnCancel,
+        Overflow,
+        Speculation,
+        StopCriteria,
+    )
+    from ov_phi3.generation.results import Alternative, FinishReason, GenerationResult, Score, StreamChunk, TokenLogprob
+    from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.layout import KVUsage
-    from ov_phi3.kv.prefix_index import PrefixCache
+    from ov_phi3.kv.prefix_index import PrefixCache, PrefixIndex
     from ov_phi3.load_report import LoadReport, ModelWarning
     from ov_phi3.loading import load
-    from ov_phi3.many import ReplyBatch
+    from ov_phi3.many import OnProgress, Outcome, ReplyBatch, RequestOptions, Row
     from ov_phi3.model.info import ModelInfo
+    from ov_phi3.model.tokens import AddedToken
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
     from ov_phi3.system.devices import DeviceInfo, devices
     from ov_phi3.system.machine import Machine
+    from ov_phi3.text.jinja_template import JinjaTemplate
+    from ov_phi3.text.messages import Message
+    from ov_phi3.text.prompt import Prompt
+    from ov_phi3.text.segments import Segment
+    from ov_phi3.text.stop_strings import StopWatch
+    from ov_phi3.text.stream_decoder import StreamDecoder
     from ov_phi3.text.template import ChatTemplate, Raw
-    from ov_phi3.text.tokenizer import Tokenizer
+    from ov_phi3.text.tokenizer import Ids, Tokenizer
     from ov_phi3.text.tool_calls import ToolCall
+    from ov_phi3.text.tools import ToolChoice
 
 _HOMES = {
-    "backends.protocol": ("Backend", "BackendReport", "EngineReport", "Request"),
+    "backends.protocol": (
+        "Backend",
+        "BackendName",
+        "BackendReport",
+        "Capabilities",
+        "EngineReport",
+        "Hypothesis",
+        "Request",
+        "TokenSink",
+    ),
+    "backends.words": ("TokenTexts",),
+    "bench.measuring": ("measure",),
+    "bench.prompts": ("random_prompt",),
+    "bench.report": ("Report",),
+    "bench.roofline": ("Roofline",),
+    "bench.samples": (
+        "ChatTurn",
+        "Measurement",
+    ),
+    "bench.summary": ("Summary",),
     "chat": ("Chat",),
-    "system.devices": ("DeviceInfo", "devices"),
-    "doctor": ("Check", "diagnose"),
+    "doctor": (
+        "Check",
+        "CheckStatus",
+        "diagnose",
+    ),
+    "engine.stream": ("TokenStream",),
+    "engine.worker": ("OnPrefill",),
     "errors": (
         "ClosedError",
         "ConfigError",
@@ -72,40 +124,88 @@ _HOMES = {
         "StreamError",
         "TemplateError",
     ),
+    "exporting.child": ("ProgressLine",),
     "exporting.exporter": ("export",),
+    "exporting.flags": (
+        "ExportFlags",
+        "RecipeName",
+    ),
     "generation.config": ("GenerationConfig",),
-    "kv.layout": ("KVUsage",),
-    "kv.prefix_index": ("PrefixCache",),
-    "load_report": ("LoadReport", "ModelWarning"),
-    "loading": ("load",),
-    "many": ("ReplyBatch",),
-    "system.machine": ("Machine",),
-    "bench.measuring": ("measure",),
-    "bench.prompts": ("random_prompt",),
     "generation.metrics": ("Metrics",),
+    "generation.options": (
+        "GenerationOptions",
+        "LogitsProcessor",
+        "OnCancel",
+        "Overflow",
+        "Speculation",
+        "StopCriteria",
+    ),
+    "generation.results": (
+        "Alternative",
+        "FinishReason",
+        "GenerationResult",
+        "Score",
+        "StreamChunk",
+        "TokenLogprob",
+    ),
+    "kv.entry": ("KVEntry",),
+    "kv.layout": ("KVUsage",),
+    "kv.prefix_index": (
+        "PrefixCache",
+        "PrefixIndex",
+    ),
+    "load_report": (
+        "LoadReport",
+        "ModelWarning",
+    ),
+    "loading": ("load",),
+    "many": (
+        "OnProgress",
+        "Outcome",
+        "ReplyBatch",
+        "RequestOptions",
+        "Row",
+    ),
     "model.info": ("ModelInfo",),
+    "model.tokens": ("AddedToken",),
     "pipeline": ("Pipeline",),
     "prefix": ("Prefix",),
-    "bench.report": ("Report",),
-    "bench.samples": ("ChatTurn", "Measurement"),
-    "bench.summary": ("Summary",),
-    "generation.results": ("Alternative", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"),
-    "bench.roofline": ("Roofline",),
-    "engine.stream": ("TokenStream",),
-    "text.template": ("ChatTemplate", "Raw"),
-    "text.tokenizer": ("Tokenizer",),
+    "system.devices": (
+        "DeviceInfo",
+        "devices",
+    ),
+    "system.machine": ("Machine",),
+    "text.jinja_template": ("JinjaTemplate",),
+    "text.messages": ("Message",),
+    "text.prompt": ("Prompt",),
+    "text.segments": ("Segment",),
+    "text.stop_strings": ("StopWatch",),
+    "text.stream_decoder": ("StreamDecoder",),
+    "text.template": (
+        "ChatTemplate",
+        "Raw",
+    ),
+    "text.tokenizer": (
+        "Ids",
+        "Tokenizer",
+    ),
     "text.tool_calls": ("ToolCall",),
+    "text.tools": ("ToolChoice",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AddedToken",
     "Alternative",
     "Backend",
+    "BackendName",
     "BackendReport",
+    "Capabilities",
     "Chat",
     "ChatTemplate",
     "ChatTurn",
     "Check",
+    "CheckStatus",
     "ClosedError",
     "ConfigError",
     "ContextOverflowError",
@@ -114,36 +214,64 @@ __all__ = [
     "EngineReport",
     "Error",
     "ExportError",
+    "ExportFlags",
+    "FinishReason",
     "GenerationConfig",
     "GenerationError",
+    "GenerationOptions",
     "GenerationResult",
+    "Hypothesis",
+    "Ids",
+    "JinjaTemplate",
+    "KVEntry",
     "KVUsage",
     "LoadReport",
+    "LogitsProcessor",
     "Machine",
     "Measurement",
+    "Message",
     "Metrics",
     "ModelError",
     "ModelInfo",
     "ModelWarning",
+    "OnCancel",
+    "OnPrefill",
+    "OnProgress",
+    "Outcome",
+    "Overflow",
     "Pipeline",
     "Prefix",
     "PrefixCache",
+    "PrefixIndex",
+    "ProgressLine",
+    "Prompt",
     "PromptError",
     "Raw",
+    "RecipeName",
     "ReplyBatch",
     "Report",
     "Request",
+    "RequestOptions",
     "Roofline",
+    "Row",
     "Score",
+    "Segment",
     "SnapshotError",
+    "Speculation",
+    "StopCriteria",
+    "StopWatch",
     "StreamChunk",
+    "StreamDecoder",
     "StreamError",
     "Summary",
     "TemplateError",
     "TokenLogprob",
+    "TokenSink",
     "TokenStream",
+    "TokenTexts",
     "Tokenizer",
     "ToolCall",
+    "ToolChoice",
     "__version__",
     "devices",
     "diagnose",
@@ -154,15 +282,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'ov_phi3' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # with it, type checkers would take any name for one of ours
 
-    value = getattr(importlib.import_module(f"ov_phi3.{home}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module 'ov_phi3' has no attribute {name!r}")
+        import importlib
+
+        value = getattr(importlib.import_module(f"ov_phi3.{home}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

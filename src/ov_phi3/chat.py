@@ -8,17 +8,18 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from ov_phi3.checks import whole_number
+from ov_phi3.checks import one_of, whole_number
 from ov_phi3.conversation import Added, Conversation, Turn, TurnEncoder, check_turn, user_message
 from ov_phi3.engine.engine import Submission
 from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import ReplyOptions, now
-from ov_phi3.errors import ConfigError, SnapshotError, StreamError, did_you_mean
+from ov_phi3.errors import ConfigError, SnapshotError, StreamError
 from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.options import GenerationOptions, OnCancel, Overflow
 from ov_phi3.generation.results import GenerationResult
 from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.kv import snapshot
@@ -26,11 +27,13 @@ from ov_phi3.kv.entry import KVEntry
 from ov_phi3.kv.fingerprint import RELEASE
 from ov_phi3.kv.layout import KVUsage
 from ov_phi3.saved import read_saved
+from ov_phi3.signatures import naming_options
 from ov_phi3.text.messages import ChatMessage
 from ov_phi3.text.tools import Tools, calls_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
     from ov_phi3.engine.channel import Channel
     from ov_phi3.engine.stream import TokenStream
@@ -41,10 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Chat", "load_chat"]
 
-_OVERFLOW = ("error", "drop_oldest")
-_ON_CANCEL = ("keep", "drop")
-# Room for a reply without max_new_tokens before "drop_oldest" drops anything: at most this many tokens, and at most
-# this part of the window.
+# Room for a reply without max_new_tokens before "drop_oldest" drops anything: at most these tokens, and this part of
+# the window.
 _REPLY_TOKENS = 1024
 _REPLY_SHARE = 4
 _log = logging.getLogger("ov_phi3")
@@ -68,11 +69,11 @@ class Chat:
         system: str | None = None,
         messages: Sequence[Message] | None = None,
         tools: Tools | None = None,
-        overflow: str = "error",
-        on_cancel: str = "keep",
+        overflow: Overflow = "error",
+        on_cancel: OnCancel = "keep",
     ) -> None:
-        self.overflow = _one_of("overflow", overflow, _OVERFLOW)
-        self.on_cancel = _one_of("on_cancel", on_cancel, _ON_CANCEL)
+        self.overflow = one_of("overflow", overflow, get_args(Overflow))
+        self.on_cancel = one_of("on_cancel", on_cancel, get_args(OnCancel))
         self._model = model
         self._tools = tools
         self._encoder = TurnEncoder(model.tokenizer, tools)
@@ -119,31 +120,33 @@ class Chat:
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
+    @naming_options(GenerationOptions)
     def send(
         self,
         message: str | Message | Sequence[Message],
         config: GenerationConfig | None = None,
         *,
-        on_cancel: str | None = None,
+        on_cancel: OnCancel | None = None,
         on_prefill: OnPrefill | None = None,
         timeout: float | None = None,
         tool_choice: ToolChoice | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """One turn; returns the whole reply. Arguments and errors are those of `stream`."""
         how: dict[str, Any] = {"on_cancel": on_cancel, "on_prefill": on_prefill, "timeout": timeout}
         return self.stream(message, config, tool_choice=tool_choice, **how, **options).result
 
+    @naming_options(GenerationOptions)
     def stream(
         self,
         message: str | Message | Sequence[Message],
         config: GenerationConfig | None = None,
         *,
-        on_cancel: str | None = None,
+        on_cancel: OnCancel | None = None,
         on_prefill: OnPrefill | None = None,
         timeout: float | None = None,
         tool_choice: ToolChoice | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> TokenStream:
         """One turn, streamed. The turn becomes part of the conversation when the stream has ended.
 
@@ -167,7 +170,7 @@ class Chat:
             Error: what `Pipeline.generate` raises.
         """
         requested = now()
-        keep = _one_of("on_cancel", self.on_cancel if on_cancel is None else on_cancel, _ON_CANCEL) == "keep"
+        keep = one_of("on_cancel", self.on_cancel if on_cancel is None else on_cancel, get_args(OnCancel)) == "keep"
         messages = self._encoder.normalize(message)
         with self._turn:
             self._await_previous_turn()
@@ -392,9 +395,3 @@ def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
     usable = same_release and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
     chat.restore(conversation, saved.entry if usable else None)
     return chat
-
-
-def _one_of(name: str, value: str, valid: Sequence[str]) -> str:
-    if value not in valid:
-        raise ConfigError(f"{name}={value!r}; expected one of {list(valid)}.{did_you_mean(str(value), valid)}")
-    return value

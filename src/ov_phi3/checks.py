@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import TypeVar
 
-from ov_phi3.errors import ConfigError
+from ov_phi3.errors import ConfigError, did_you_mean
 
-__all__ = ["whole_number"]
+__all__ = ["one_of", "whole_number"]
+
+Word = TypeVar("Word", bound=str)
 
 _LONGEST_SHOWN = 40
 
@@ -40,6 +44,17 @@ def whole_number(
     if (least is not None and number < least) or (most is not None and number > most):
         raise ConfigError(f"{name}={_shown(number)}; expected {_range(least, most)}{f' {of}' if of else ''}{note}.")
     return number
+
+
+def one_of(name: str, value: Word, words: Sequence[str]) -> Word:
+    """Return an argument that is one of some words, after checking that it is.
+
+    Raises:
+        ConfigError: it is not; the message has the nearest word.
+    """
+    if value not in words:
+        raise ConfigError(f"{name}={value!r}; expected one of {list(words)}.{did_you_mean(str(value), words)}")
+    return value
 
 
 def _range(least: int | None, most: int | None) -> str:

@@ -29,15 +29,16 @@ __all__ = [
     "CANARY_PROMPT",
     "CANARY_TOKENS",
     "Check",
+    "CheckStatus",
     "Sources",
-    "Status",
     "default_sources",
     "diagnose",
     "greedy_ids",
     "worst",
 ]
 
-Status = Literal["ok", "warning", "error", "skipped"]
+CheckStatus = Literal["ok", "warning", "error", "skipped"]
+"""What a check found."""
 
 CANARY_PROMPT = "What is the capital of France?"
 """A fixed prompt; the greedy reply to it shows whether a device computes correctly."""
@@ -61,12 +62,12 @@ class Check:
     """
 
     name: str
-    status: Status
+    status: CheckStatus
     detail: str
     fix: str = ""
 
 
-def worst(checks: Iterable[Check]) -> Status:
+def worst(checks: Iterable[Check]) -> CheckStatus:
     """The most severe status of the checks: "error", else "warning", else "ok". Skipped checks do not count."""
     statuses = {check.status for check in checks}
     return "error" if "error" in statuses else "warning" if "warning" in statuses else "ok"
@@ -213,7 +214,7 @@ def _gpu_stack(probe: Probe, device: str, present: Sequence[DeviceInfo]) -> Iter
         yield _layer("gpu", obstacles["platform"], "error" if named else "skipped")
         return
     has_gpu = probe.platform == "win32" or "node" not in obstacles
-    missing: Status = "error" if named else "warning" if has_gpu else "skipped"
+    missing: CheckStatus = "error" if named else "warning" if has_gpu else "skipped"
     if any(info.kind == "GPU" for info in present):
         missing = "warning"  # OpenVINO lists a GPU although this check misses a part
     yield _layer("opencl loader", obstacles.get("loader"), missing, "loads")
@@ -228,7 +229,7 @@ def _gpu_stack(probe: Probe, device: str, present: Sequence[DeviceInfo]) -> Iter
             yield Check("gpu driver", "warning", f"OpenCL gives no driver version for {info}", "update the GPU driver")
 
 
-def _layer(name: str, obstacle: Obstacle | None, missing: Status, detail: str = "") -> Check:
+def _layer(name: str, obstacle: Obstacle | None, missing: CheckStatus, detail: str = "") -> Check:
     return Check(name, missing, obstacle.problem, obstacle.fix) if obstacle else Check(name, "ok", detail)
 
 

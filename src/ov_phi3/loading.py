@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ov_phi3.backends.protocol import Backend, BackendSpec, LoadRequest
+from ov_phi3.backends.protocol import Backend, BackendName, BackendSpec, LoadRequest
 from ov_phi3.backends.registry import backend_spec
 from ov_phi3.checks import whole_number
 from ov_phi3.engine.engine import Engine
@@ -56,7 +56,7 @@ def load(
     model_dir: str | os.PathLike[str],
     device: str = "AUTO",
     *,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     ov_config: Mapping[str, Any] | None = None,
     context_length: int | None = None,
     kv_cache_gb: float | None = None,

@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ov_phi3.errors import ConfigError, Error, GenerationError, PromptError
 from ov_phi3.generation.config import GenerationConfig
-from ov_phi3.text.prompt import as_messages
+from ov_phi3.generation.options import GenerationOptions
+from ov_phi3.generation.results import GenerationResult
+from ov_phi3.text.prompt import Prompt, as_messages
 
 if TYPE_CHECKING:
     from ov_phi3.engine.stream import TokenStream
     from ov_phi3.engine.worker import OnPrefill
-    from ov_phi3.generation.results import GenerationResult
-    from ov_phi3.text.prompt import Prompt
+    from ov_phi3.prefix import Prefix
+    from ov_phi3.text.tools import ToolChoice
 
-__all__ = ["REQUEST_OPTIONS", "OnProgress", "Outcome", "ReplyBatch", "Row", "row_seed", "split_row"]
+__all__ = ["REQUEST_OPTIONS", "OnProgress", "Outcome", "ReplyBatch", "RequestOptions", "Row", "row_seed", "split_row"]
 
-Row: TypeAlias = "Prompt | tuple[Prompt, Mapping[str, Any]] | Mapping[str, Any] | Error"
+Row: TypeAlias = Prompt | tuple[Prompt, Mapping[str, Any]] | Mapping[str, Any] | Error
 """A prompt; a pair of a prompt and its options; a dict with "prompt" or "messages", and options; or the error of a row
 that could not be read, which is its outcome."""
 
-Outcome: TypeAlias = "GenerationResult | Error"
+Outcome: TypeAlias = GenerationResult | Error
 """What came of a row."""
 
 OnProgress = Callable[[int, "int | None"], object]
@@ -37,7 +39,18 @@ OnProgress = Callable[[int, "int | None"], object]
 Start = Callable[["Prompt", GenerationConfig, "OnPrefill | None", Mapping[str, Any]], "TokenStream"]
 """Starts the reply to one row: prompt, options of the reply, progress of its prefill, options of the request."""
 
-REQUEST_OPTIONS = ("prefix", "timeout", "continue_final_message", "tools", "tool_choice")
+
+class RequestOptions(GenerationOptions, total=False):
+    """The keyword arguments `**options` of `generate_many`: options of a reply, and of `generate`."""
+
+    prefix: Prefix | None
+    timeout: float | None
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: ToolChoice | None
+
+
+REQUEST_OPTIONS = tuple(n for n in RequestOptions.__annotations__ if n not in GenerationOptions.__annotations__)
 """Options of a row that are not fields of `GenerationConfig`."""
 
 _WINDOW = 1024  # rows that are read ahead and grouped

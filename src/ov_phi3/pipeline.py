@@ -15,16 +15,19 @@ from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import OnPrefill, ReplyOptions, now
 from ov_phi3.errors import PromptError
 from ov_phi3.generation.config import GenerationConfig
+from ov_phi3.generation.options import GenerationOptions, OnCancel, Overflow, Speculation
 from ov_phi3.generation.results import GenerationResult, Score
 from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.loaded_model import LoadedModel
-from ov_phi3.many import REQUEST_OPTIONS, OnProgress, ReplyBatch, Row
+from ov_phi3.many import REQUEST_OPTIONS, OnProgress, ReplyBatch, RequestOptions, Row
 from ov_phi3.prefix import Prefix, encode_after, load_prefix, prefill
+from ov_phi3.signatures import naming_options
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 from ov_phi3.text.tools import Tools
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
     from ov_phi3.engine.stream import TokenStream
     from ov_phi3.load_report import LoadReport
@@ -70,6 +73,7 @@ class Pipeline:
 
     # -- generating --------------------------------------------------------------------------------------------------
 
+    @naming_options(GenerationOptions)
     def generate(
         self,
         prompt: Prompt,
@@ -81,7 +85,7 @@ class Pipeline:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """Generate a whole reply to a prompt.
 
@@ -119,6 +123,7 @@ class Pipeline:
         how = (prefix, on_prefill, timeout, continue_final_message, Tools.of(tools, tool_choice))
         return self._submit(prompt, config, options, *how, streamed=False).result
 
+    @naming_options(GenerationOptions)
     def stream(
         self,
         prompt: Prompt,
@@ -130,19 +135,20 @@ class Pipeline:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> TokenStream:
         """Stream a reply; generation starts at once. Arguments and errors are those of `generate`."""
         how = (prefix, on_prefill, timeout, continue_final_message, Tools.of(tools, tool_choice))
         return self._submit(prompt, config, options, *how, streamed=True)
 
+    @naming_options(RequestOptions)
     def generate_many(
         self,
         prompts: Iterable[Row],
         config: GenerationConfig | None = None,
         *,
         on_progress: OnProgress | None = None,
-        **options: Any,
+        **options: Unpack[RequestOptions],
     ) -> ReplyBatch:
         """Generate the replies to many prompts, `concurrency` at once.
 
@@ -174,7 +180,8 @@ class Pipeline:
             raise TypeError(f"prompts must be a list of prompts, not one {type(prompts).__name__}: [prompt]")
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be a function of two numbers, not {on_progress!r}")
-        request = {name: options.pop(name) for name in REQUEST_OPTIONS if name in options}
+        given: dict[str, Any] = dict(options)
+        request = {name: given.pop(name) for name in REQUEST_OPTIONS if name in given}
 
         def start(
             prompt: Prompt, config: GenerationConfig, on_prefill: OnPrefill | None, request: Mapping[str, Any]
@@ -184,7 +191,7 @@ class Pipeline:
             tools = Tools.of(request.get("tools"), request.get("tool_choice"))
             return self._submit(prompt, config, {}, *how, continues, tools, streamed=False)
 
-        config = GenerationConfig.of(config, options)
+        config = GenerationConfig.of(config, given)
         width = 2 * self.concurrency  # the next rows are encoded and queued while these run
         return ReplyBatch(prompts, config, request, start=start, width=width, on_progress=on_progress)
 
@@ -192,7 +199,7 @@ class Pipeline:
         self,
         prompt: Prompt,
         config: GenerationConfig | None,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
         prefix: Prefix | None,
         on_prefill: OnPrefill | None,
         timeout: float | None,
@@ -285,8 +292,8 @@ class Pipeline:
         system: str | None = None,
         messages: Sequence[Message] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        overflow: str = "error",
-        on_cancel: str = "keep",
+        overflow: Overflow = "error",
+        on_cancel: OnCancel = "keep",
     ) -> Chat:
         """Start a conversation that keeps the exact token ids of every turn, so that its KV cache is reused.
 
@@ -355,7 +362,7 @@ class Pipeline:
         """Whether it has had no request yet, so that the next one pays for the first inference."""
         return not self.engine.used
 
-    def warmup(self, *, speculation: str = "off") -> float:
+    def warmup(self, *, speculation: Speculation = "off") -> float:
         """Run one short inference now, so that the first request does not pay for it; returns its milliseconds.
 
         Args:

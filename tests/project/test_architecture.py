@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "ov_phi3"
-GROUND = ("errors", "_version", "checks", "files")
+GROUND = ("errors", "_version", "checks", "files", "signatures")
 ORDER = (
     "ground", "system", "model", "text", "generation", "kv", "backends", "engine", "exporting", "root", "bench",
     "serving", "public", "cli",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackendName",
     "BackendReport",
     "BackendSpec",
     "CallbackFailed",
@@ -38,8 +39,11 @@ __all__ = [
     "TokenSink",
 ]
 
-BACKENDS = ("llm_pipeline", "infer_request")
-"""Names that `load(backend=...)` accepts; `backends/registry.py` maps them to their specifications."""
+BackendName: TypeAlias = Literal["llm_pipeline", "infer_request"]
+"""What runs a model, see `load`; `backends/registry.py` maps the names to their specifications."""
+
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+"""Names that `load(backend=...)` accepts."""
 
 
 class CallbackFailed(Exception):  # noqa: N818 - the failure is its cause

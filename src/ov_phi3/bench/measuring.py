@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ov_phi3.bench.prompts import chat_message, random_prompt
 from ov_phi3.bench.report import Report
@@ -37,7 +37,7 @@ def measure(
     prompt_tokens: int | Sequence[int] = (32, 256),
     new_tokens: int = 64,
     repeat: int = 5,
-    ends: str = "forced",
+    ends: Literal["forced", "natural"] = "forced",
     chat_turns: int = 0,
     roofline: bool = True,
     seed: int = 0,

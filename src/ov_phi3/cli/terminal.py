@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ov_phi3.backends.protocol import BACKENDS
 from ov_phi3.cli.model_list import remember
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
+    from ov_phi3.backends.protocol import BackendName
     from ov_phi3.exporting.child import ProgressLine
     from ov_phi3.pipeline import Pipeline
 
@@ -176,7 +177,7 @@ def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
         pipe = ov_phi3.load(
             args.model,
             args.device,
-            backend=args.backend or backend,
+            backend=cast("BackendName", args.backend or backend),
             ov_config=properties(args.ov_config) or None,
             context_length=args.context_length,
             kv_cache_gb=args.kv_cache_gb,

@@ -6,16 +6,20 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ov_phi3.errors import ExportError
 from ov_phi3.exporting.child import ProgressLine
-from ov_phi3.exporting.flags import Flags, combine
+from ov_phi3.exporting.flags import ExportFlags, Flags, RecipeName, combine
 from ov_phi3.exporting.job import Job
 from ov_phi3.exporting.source import find_source
 from ov_phi3.exporting.workspace import Workspace, check_output
 from ov_phi3.model.info import ModelInfo
+from ov_phi3.signatures import naming_options
 from ov_phi3.system import versions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["REQUIREMENTS", "check_installed", "export"]
 
@@ -25,15 +29,16 @@ REQUIREMENTS = ("optimum-intel>=2.2,<2.3", "nncf>=3.4,<3.5", "transformers>=5.5,
 _log = logging.getLogger("ov_phi3")
 
 
+@naming_options(ExportFlags)
 def export(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    recipe: str = "int4",
+    recipe: RecipeName = "int4",
     *,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Callable[[ProgressLine], object] | None = None,
-    **flags: Any,
+    **flags: Unpack[ExportFlags],
 ) -> ModelInfo:
     """Export a Phi-3 class model to OpenVINO with `optimum-cli export openvino`, in a subprocess.
 
@@ -51,8 +56,8 @@ def export(
         progress: called with each line of progress, ours and optimum-cli's; see `ProgressLine`. By default the lines
             go to the logger "ov_phi3" at level INFO. `progress=print` shows them.
         flags: flags of optimum-cli, with underscores, added to the recipe's flags or replacing them: `group_size=64`,
-            `awq=True`; False or None removes a flag. If the recipe's own group size does not divide the model's widths,
-            `group_size_fallback="adjust"` is added, and the manifest records it.
+            `awq=True`; None removes a flag, False a switch. If the recipe's own group size does not divide the model's
+            widths, `group_size_fallback="adjust"` is added, and the manifest records it.
 
     Returns:
         The exported model.

@@ -5,16 +5,76 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from ov_phi3.errors import ConfigError, did_you_mean
 
-__all__ = ["FLAGS", "RECIPES", "REFUSED", "TASK", "Flag", "Flags", "Recipe", "arguments", "combine"]
+__all__ = [
+    "FLAGS",
+    "RECIPES",
+    "REFUSED",
+    "TASK",
+    "ExportFlags",
+    "Flag",
+    "Flags",
+    "Recipe",
+    "RecipeName",
+    "arguments",
+    "combine",
+]
 
 TASK = "text-generation-with-past"
 
 Flags = dict[str, Any]
 """Value by flag name (with underscores); True for a switch."""
+
+RecipeName: TypeAlias = Literal["int4", "int4-max", "int8", "fp16", "fp32"]
+"""A set of flags, see `export`."""
+
+_WeightFormat: TypeAlias = Literal["fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4"]
+_QuantMode: TypeAlias = Literal["int8", "f8e4m3", "f8e5m2", "cb4_f8e4m3", "int4_f8e4m3", "int4_f8e5m2"]
+_GroupSizeFallback: TypeAlias = Literal["error", "ignore", "adjust"]
+_BackupPrecision: TypeAlias = Literal["none", "int8_sym", "int8_asym"]
+_SensitivityMetric: TypeAlias = Literal[
+    "weight_quantization_error",
+    "hessian_input_activation",
+    "mean_activation_variance",
+    "max_activation_variance",
+    "mean_activation_magnitude",
+]
+_Framework: TypeAlias = Literal["pt"]
+_Library: TypeAlias = Literal["transformers"]
+
+
+class ExportFlags(TypedDict, total=False):
+    """The keyword arguments `**flags` of `export`: flags of `optimum-cli export openvino`, as in `FLAGS`.
+
+    None removes a flag of the recipe, False a switch.
+    """
+
+    weight_format: _WeightFormat | None
+    quant_mode: _QuantMode | None
+    ratio: float | None
+    sym: bool | None
+    group_size: int | None
+    group_size_fallback: _GroupSizeFallback | None
+    backup_precision: _BackupPrecision | None
+    dataset: str | None
+    all_layers: bool | None
+    awq: bool | None
+    scale_estimation: bool | None
+    gptq: bool | None
+    lora_correction: bool | None
+    sensitivity_metric: _SensitivityMetric | None
+    quantization_statistics_path: str | None
+    num_samples: int | None
+    smooth_quant_alpha: float | None
+    cache_dir: str | None
+    pad_token_id: int | None
+    variant: str | None
+    model_kwargs: dict[str, Any] | None
+    framework: _Framework | None
+    library: _Library | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +130,20 @@ _4BIT = ("int4", "mxfp4", "nf4", "cb4")
 _MIXED_MODES = ("cb4_f8e4m3", "int4_f8e4m3", "int4_f8e5m2")
 
 FLAGS: Mapping[str, Flag] = {
-    "weight_format": Flag(str, ("fp32", "fp16", "int8", *_4BIT)),
-    "quant_mode": Flag(str, ("int8", "f8e4m3", "f8e5m2", *_MIXED_MODES)),
+    "weight_format": Flag(str, get_args(_WeightFormat)),
+    "quant_mode": Flag(str, get_args(_QuantMode)),
     "ratio": Flag(float),
     "sym": Flag(bool),
     "group_size": Flag(int),
-    "group_size_fallback": Flag(str, ("error", "ignore", "adjust")),
-    "backup_precision": Flag(str, ("none", "int8_sym", "int8_asym")),
+    "group_size_fallback": Flag(str, get_args(_GroupSizeFallback)),
+    "backup_precision": Flag(str, get_args(_BackupPrecision)),
     "dataset": Flag(str),
     "all_layers": Flag(bool),
     "awq": Flag(bool),
     "scale_estimation": Flag(bool),
     "gptq": Flag(bool),
     "lora_correction": Flag(bool),
-    "sensitivity_metric": Flag(
-        str,
-        (
-            "weight_quantization_error",
-            "hessian_input_activation",
-            "mean_activation_variance",
-            "max_activation_variance",
-            "mean_activation_magnitude",
-        ),
-    ),
+    "sensitivity_metric": Flag(str, get_args(_SensitivityMetric)),
     "quantization_statistics_path": Flag(str),
     "num_samples": Flag(int),
     "smooth_quant_alpha": Flag(float),
@@ -100,8 +151,8 @@ FLAGS: Mapping[str, Flag] = {
     "pad_token_id": Flag(int),
     "variant": Flag(str),
     "model_kwargs": Flag(dict),
-    "framework": Flag(str, ("pt",)),
-    "library": Flag(str, ("transformers",)),
+    "framework": Flag(str, get_args(_Framework)),
+    "library": Flag(str, get_args(_Library)),
 }
 """The flags that `export` passes on. A test compares them with `optimum-cli export openvino --help`."""
 

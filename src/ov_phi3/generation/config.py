@@ -6,59 +6,26 @@ A field that is None is *not given*: the model's own `generation_config.json` ap
 
 from __future__ import annotations
 
+import inspect
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from ov_phi3.errors import ConfigError, did_you_mean
 from ov_phi3.generation import contradictions, genai, hf, openai, validation
 from ov_phi3.generation.contradictions import ASSISTED, BEAMS, PARTS, SAMPLING, STRUCTURED
 from ov_phi3.generation.names import ALIASES, OTHER_CALLS
+from ov_phi3.generation.options import DEFAULTS, LogitsProcessor, Speculation, StopCriteria
 from ov_phi3.generation.validation import BOOLEANS, CHOICES, INTEGERS, NUMBERS
 
-__all__ = ["DEFAULTS", "INFER_REQUEST_OPTIONS", "GenerationConfig", "LogitsProcessor"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
-"""A function of the ids so far and the logits of the next token; it returns the logits."""
+    from ov_phi3.generation.options import GenerationOptions
 
-DEFAULTS: dict[str, Any] = {
-    "min_new_tokens": 0,
-    "ignore_eos": False,
-    "stop": (),
-    "include_stop": False,
-    "stop_token_ids": (),
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "top_n_sigma": 0.0,
-    "xtc_probability": 0.0,
-    "xtc_threshold": 0.1,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "dry_multiplier": 0.0,
-    "dry_base": 1.75,
-    "dry_allowed_length": 2,
-    "dry_penalty_last_n": -1,
-    "dry_sequence_breakers": ("\n", ":", '"', "*"),
-    "num_return_sequences": 1,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "stop_criteria": "heuristic",
-    "bad_words": (),
-    "logit_bias": (),
-    "logits_processors": (),
-    "speculation": "off",
-}
-"""Value of a field that neither the caller nor the model gives. With this value, an option has no effect."""
+__all__ = ["INFER_REQUEST_OPTIONS", "GenerationConfig"]
 
 _CHANGING_LOGITS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier"),
@@ -170,7 +137,7 @@ class GenerationConfig:
     diversity_penalty: float | None = None
     length_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
-    stop_criteria: str | None = None
+    stop_criteria: StopCriteria | None = None
     bad_words: Sequence[str | Sequence[int]] | str | None = None
     stop_on_loop: tuple[int, int] | Sequence[int] | None = None
     json_schema: dict[str, Any] | str | type[Any] | None = None
@@ -183,7 +150,7 @@ class GenerationConfig:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     top_logprobs: int | None = None
-    speculation: str | None = None
+    speculation: Speculation | None = None
 
     def __new__(cls, *_: object, **options: object) -> GenerationConfig:  # noqa: D102 - __init__ with our error
         check_names(options)
@@ -253,7 +220,7 @@ class GenerationConfig:
         """
         return cls(**openai.from_openai(request))
 
-    def replace(self, **options: Any) -> GenerationConfig:
+    def replace(self, **options: Unpack[GenerationOptions]) -> GenerationConfig:
         """A copy with some options changed; None removes an option.
 
         Raises:
@@ -382,6 +349,10 @@ class GenerationConfig:
     def show(self, name: str) -> str:
         """An option as "name=value", for messages."""
         return f"{name}={getattr(self, name)!r}"
+
+
+# The fields, instead of the arguments of `__new__`: for `help` and completion.
+GenerationConfig.__signature__ = inspect.signature(GenerationConfig.__init__)  # type: ignore[attr-defined]
 
 
 def check_names(options: Iterable[str]) -> None:

@@ -13,11 +13,12 @@ import operator
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ov_phi3.checks import whole_number
 from ov_phi3.errors import ConfigError
 from ov_phi3.generation.json_schema import SchemaText
+from ov_phi3.generation.options import Speculation, StopCriteria
 
 __all__ = [
     "BOOLEANS",
@@ -81,8 +82,8 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
 """Float option -> smallest and largest value; None is no bound."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stop_criteria": ("early", "heuristic", "never"),
-    "speculation": ("off", "auto"),
+    "stop_criteria": get_args(StopCriteria),
+    "speculation": get_args(Speculation),
 }
 """Option -> the words that it may be."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ov_phi3.errors import ConfigError, PromptError
 from ov_phi3.text.messages import Message, check_final, normalize
 from ov_phi3.text.template import Raw
-from ov_phi3.text.tokenizer import Tokenizer, as_ids
+from ov_phi3.text.tokenizer import Ids, Tokenizer, as_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "as_messages", "check_continues", "describe_tools", "encode_prompt"]
 
-Prompt: TypeAlias = "str | Raw | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]"
+Prompt: TypeAlias = str | Raw | Sequence[Message] | Ids
 """One user message, `Raw` text, the messages of a chat, or token ids of shape [tokens]."""
 
 

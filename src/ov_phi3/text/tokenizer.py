@@ -23,9 +23,9 @@ from ov_phi3.text.tokenizer_graph import TokenizerGraph
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Tokenizer"]
+__all__ = ["Ids", "Tokenizer", "as_ids"]
 
-Ids: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
+Ids: TypeAlias = Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 """Token ids, shape [tokens]."""
 
 # Unicode's White_Space property, which the tokenizers' rstrip and lstrip use. str.strip() would also remove the four

@@ -17,7 +17,7 @@ from ov_phi3.text.tool_calls import ToolCall, ToolCallParser
 
 __all__ = ["ToolChoice", "Tools", "calls_as_json", "calls_of", "name_results", "written_out"]
 
-ToolChoice: TypeAlias = "Literal['auto', 'none', 'required'] | Mapping[str, Any]"
+ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, Any]
 """Whether a reply calls tools: "auto", "none", "required", or a function as
 `{"type": "function", "function": {"name": ...}}`."""
 
