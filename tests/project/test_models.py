@@ -45,7 +45,7 @@ sys.path.insert(0, sys.argv[1])
 import _models, _paths, _process_lock
 half = "import sys, time, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / 'config.json').write_text('{}'); "
 half += "print('held', flush=True); time.sleep(60)"
-_models.run_step = lambda title, command, log: __import__("subprocess").run(command)
+_models.run_step = lambda title, command, log, **_: __import__("subprocess").run(command)
 with _process_lock.lock("model-demo-hf"):
     home = _paths.cache_dir() / "models"
     _models.build_whole("demo-hf", home / "key" / "demo-hf", lambda out: [sys.executable, "-c", half, out])
