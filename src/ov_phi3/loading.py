@@ -12,9 +12,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ov_phi3.adapters import Adapters, check_adapters
 from ov_phi3.backends.protocol import Backend, BackendName, BackendSpec, LoadRequest
 from ov_phi3.backends.registry import backend_spec
 from ov_phi3.checks import whole_number
@@ -63,6 +64,7 @@ def load(
     prefill_chunk: int | None = None,
     concurrency: int = 1,
     template: ChatTemplate | None = None,
+    adapters: Adapters | None = None,
 ) -> Pipeline:
     """Load an exported model.
 
@@ -70,8 +72,7 @@ def load(
         model_dir: what `export` wrote, or `optimum-cli export openvino`.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine
-            on paged attention, the default with `concurrency`. Its KV caches can be saved and loaded, and it has
-            `score`, logits processors and log-probabilities, but no speculative decoding yet.
+            on paged attention, the default with `concurrency`: saved KV caches, `score`, log-probabilities.
         ov_config: OpenVINO properties; they override the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.
@@ -79,15 +80,14 @@ def load(
         kv_cache_gb: most memory for the KV cache, in GiB; default: enough for one conversation of `context_length` on
             the CPU, growing on a GPU.
         prefill_chunk: prompt tokens per chunk of the prefill; between two chunks progress is reported and a reply can
-            be cancelled. Default: 2048, and 256 on a CPU with a model of over 1 GiB. 0 means whole prompts, the default
-            of "infer_request", which can cancel within a prompt.
-        concurrency: requests that run at once; the KV cache is sized for as many conversations. With
-            backend="llm_pipeline", without prompt lookup, draft model or LongRoPE window, and `prefill_chunk` is 256
-            by default.
+            be cancelled. Default: 2048, 256 on a CPU with a model of over 1 GiB, 0 (whole prompts) on "infer_request".
+        concurrency: requests that run at once; the KV cache is sized for as many conversations. "llm_pipeline": without
+            prompt lookup, draft model or LongRoPE window, and `prefill_chunk` is 256 by default.
         template: the chat template; default: the model's own.
+        adapters: LoRA adapters of peft for "llm_pipeline": a folder, a list of them, or a mapping to strengths.
 
     Raises:
-        ModelError: the directory is missing, incomplete, broken, not exported, or of another architecture.
+        ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
         DeviceError: the device is missing or cannot run the model, or the OpenVINO packages do not fit together.
         ConfigError: an unknown backend or property, a value out of range, or a window that the memory cannot hold.
         TypeError: an argument of the wrong type.
@@ -96,13 +96,14 @@ def load(
         ModelWarning: `ModelInfo.warnings`, or the model's own chat template cannot be rendered.
     """
     began = time.perf_counter()
-    spec = backend_spec(_default_backend(concurrency) if backend is None else backend)
+    spec = backend_spec(_default_backend(concurrency, adapters) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     _check_arguments(info, context_length, prefill_chunk, concurrency, template)
+    checked = check_adapters(adapters, info, spec.capabilities)
     defaults, ignored = _model_defaults(info)
-    request = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
-    opened = _open(spec, request, template)
+    plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
+    opened = _open(spec, request := replace(plan, adapters=checked), template)
     try:
         engine = _engine(request, opened, _supported_defaults(defaults, opened.model.backend, ignored), prefill_chunk)
         report = _report(request, opened, [*info.warnings, *ignored], began)
@@ -114,8 +115,8 @@ def load(
         raise
 
 
-def _default_backend(concurrency: object) -> str:
-    return _DEFAULT_BACKEND if concurrency == 1 else _DEFAULT_CONCURRENT_BACKEND
+def _default_backend(concurrency: object, adapters: object) -> str:
+    return _DEFAULT_BACKEND if concurrency == 1 or adapters else _DEFAULT_CONCURRENT_BACKEND
 
 
 def _check_arguments(

@@ -94,6 +94,8 @@ def _open(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Tokenizer])
     # A scheduler does not affect the compiled model, and its text differs from run to run.
     compiled = {key: value for key, value in request.properties.items() if key != "scheduler_config"}
     compiled["backend"] = spec.capabilities.name
+    if request.adapters:
+        compiled["adapters"] = [(adapter.sha256, factor) for adapter, factor in request.adapters]
     folder = prepare(base, cache_key(request.info.fingerprint, versions.installed(), request.device, compiled))
     canary = _Canary(tokenizer.result(), request)
     backend, state = load_guarded(folder, lambda: open_with(str(folder)), canary.run, lambda opened: opened.close())

@@ -96,7 +96,7 @@ class TestOptions:
         assert len(loop.generate("Hi", num_beams=2, max_new_tokens=4).alternatives) == 1
 
     def test_properties_of_the_other_backend(self, tiny_fp32: Path, device: str) -> None:
-        for config in ({"adapters": "x"}, {"ATTENTION_BACKEND": "SDPA"}):
+        for config in ({"extensions": ["x"]}, {"ATTENTION_BACKEND": "SDPA"}):
             with pytest.raises(ConfigError, match="belongs to backend='llm_pipeline'"):
                 ov_phi3.load(tiny_fp32, device=device, backend="infer_request", ov_config=config)
         with ov_phi3.load(

@@ -3,7 +3,7 @@
 How an example runs here:
 
 - All ```python blocks of a page run in order, in one namespace, in an empty directory. There,
-  `model/phi3-instruct/int4` is a link to the demo model.
+  `model/phi3-instruct/int4` is a link to the demo model, and `model/my-adapter` a random LoRA adapter for it.
 - `"GPU.0"` is replaced by the device that the tests run on (OV_PHI3_TEST_DEVICE, default CPU).
 - `ov_phi3.export` checks the recipe and the flags with the real code and then links to the demo model, because an
   export takes minutes. The tests of the real export are in `tests/exporting/`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import sys
 import types
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora import lora_tensors, write_adapter
 from pages import ALL_PAGES, DOCS, FENCE, PAGES, ROOT, Block, blocks, name_of, python_blocks
 
 import ov_phi3
@@ -44,10 +46,12 @@ WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 @pytest.fixture
 def checkout(tmp_path: Path, demo_int4: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the demo model at the path that the pages use."""
+    """A working directory with only the demo model, and an adapter for it, at the paths that the pages use."""
     model_dir = tmp_path / MODEL
     model_dir.parent.mkdir(parents=True)
     model_dir.symlink_to(demo_int4, target_is_directory=True)
+    config = json.loads((demo_int4 / "config.json").read_text(encoding="utf-8"))
+    write_adapter(tmp_path / "model" / "my-adapter", lora_tensors(config))
     monkeypatch.chdir(tmp_path)
     real_export = ov_phi3.export
 

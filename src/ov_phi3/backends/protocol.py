@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.prefix_index import PrefixIndex
     from ov_phi3.kv.sizing import KVCachePlan
+    from ov_phi3.model.adapter import Adapter
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.system.devices import DeviceInfo
     from ov_phi3.text.stop_strings import StopWatch
@@ -76,6 +77,7 @@ class Capabilities:
         schedules: it prefills, batches and crosses the LongRoPE boundary by itself, so that the runner only hands
             requests on.
         caches_compiled: OpenVINO's compile cache (CACHE_DIR) works with it.
+        applies_adapters: LoRA adapters can be applied to the loaded model.
         shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
             must run alone.
     """
@@ -87,6 +89,7 @@ class Capabilities:
     batches: bool = False
     schedules: bool = False
     caches_compiled: bool = False
+    applies_adapters: bool = False
     shares_random_numbers: bool = False
 
 
@@ -264,6 +267,7 @@ class LoadRequest:
         concurrency: requests that run at once.
         max_step_tokens: tokens that one step of several requests may compute; 0 for any number.
         tokenizer: the model's tokenizer, which is opened at the same time.
+        adapters: LoRA adapters, each with the factor of its B A.
         paging_required: paged attention must not be given up, since the cache's size or `concurrency` depends on it.
     """
 
@@ -275,6 +279,7 @@ class LoadRequest:
     max_step_tokens: int = 0
     paging_required: bool = False
     tokenizer: Future[Tokenizer] | None = None
+    adapters: tuple[tuple[Adapter, float], ...] = ()
 
 
 class BackendSpec(Protocol):

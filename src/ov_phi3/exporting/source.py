@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from ov_phi3.errors import ExportError, ModelError
 from ov_phi3.files import expanded
 from ov_phi3.model.config import Phi3Config, read_json
 from ov_phi3.model.files import has_weights, listing
+from ov_phi3.model.safetensors import read_header
 from ov_phi3.system.memory import machine_memory
 
 __all__ = ["Source", "check_full_precision", "check_space", "find_source", "hub_revision", "local_source"]
@@ -132,33 +131,13 @@ def _check_weights(path: Path, names: Mapping[str, int]) -> tuple[int, int]:
     if not shards:
         size = sum(names[name] for name in names if has_weights({name: 0}))
         return size, size // 2
-    parts = [_read_shard(path / name, names[name]) for name in shards]
+    parts = [_values(path / name) for name in shards]
     return sum(names[name] for name in shards), sum(parts)
 
 
-def _read_shard(file: Path, size: int) -> int:
-    """Number of values in a safetensors file: 8 bytes with the header's length, a JSON header, the values."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise ModelError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its directory.")
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            header: dict[str, Any] = json.loads(stream.read(length)) if length < size else {}
-        tensors = [value for name, value in header.items() if name != "__metadata__"]
-        needed = 8 + length + max((value["data_offsets"][1] for value in tensors), default=0)
-        values: int = sum(
-            (v["data_offsets"][1] - v["data_offsets"][0]) // _BYTES_PER_VALUE.get(v["dtype"], 1) for v in tensors
-        )
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, LookupError, TypeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{file} is not a safetensors file; download it again.") from error
-    if size < needed:
-        raise ModelError(f"{file} is cut off: it has {size} bytes, and its header needs {needed}. Download it again.")
-    return values
+def _values(file: Path) -> int:
+    """Number of values in a safetensors file."""
+    return sum(entry.size // _BYTES_PER_VALUE.get(entry.dtype, 1) for entry in read_header(file).values())
 
 
 def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> str | None:

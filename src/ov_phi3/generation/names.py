@@ -57,7 +57,7 @@ GENAI_UNSUPPORTED = {
     "apply_chat_template": "Always off: the prompt is templated here, exactly once; `Raw` text and ids are not.",
     "echo": "A stream holds the reply only; the prompt's ids are `result.prompt_token_ids`.",
     "logprobs": "`LLMPipeline` returns no log-probabilities per token, whatever this is set to.",
-    "adapters": "Switching LoRA weights would leave a prefix cache that was computed with other weights.",
+    "adapters": "They are loaded, `load(adapters=...)`: the prefix cache of a request with others would be wrong.",
     "parsers": "Parsers act on the text inside GenAI's own streamer; apply them to `result.text`.",
     "return_omni_outputs": "For speech and vision models.",
     "pruning_ratio": "For vision models.",

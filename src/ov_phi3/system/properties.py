@@ -21,9 +21,7 @@ __all__ = ["latency_properties", "merge_config"]
 # OpenVINO's core takes these itself, for every device, even if a plugin does not list them (tested on CPU, 2026.4.1).
 _CORE_KEYS = frozenset({"CACHE_DIR", "CACHE_ENCRYPTION_CALLBACKS", "CACHE_MODE", "ENABLE_MMAP", "FORCE_TBB_TERMINATE"})
 # LLMPipeline takes these before it passes the rest to the plugin; "extensions" are libraries for the core.
-_GENAI_KEYS = frozenset(
-    {"ATTENTION_BACKEND", "adapters", "draft_model", "extensions", "prompt_lookup", "scheduler_config"}
-)
+_GENAI_KEYS = frozenset({"ATTENTION_BACKEND", "draft_model", "extensions", "prompt_lookup", "scheduler_config"})
 # LLMPipeline reads these on the NPU only; on another device it passes them to a plugin that does not know them.
 _NPU_KEYS = frozenset(
     {
@@ -41,10 +39,11 @@ _NPU_KEYS = frozenset(
 # Keys that a plugin accepts but does not list in SUPPORTED_PROPERTIES; the plugin itself rejects unknown ones by name.
 _PLUGIN_PREFIXES = {"CPU": (), "GPU": ("GPU_",), "NPU": ("NPU_", "NPUW_", "++")}
 _PLUGIN_KEYS = {"CPU": frozenset({"CPU_RUNTIME_CACHE_CAPACITY"}), "GPU": frozenset[str](), "NPU": frozenset[str]()}
-_SET_BY_DEVICE = {
+_SET_ELSEWHERE = {
     "DEVICE_ID": "choose the device with device=, for example device='GPU.1'",
     "DEVICE_PROPERTIES": "one device runs the model: give its properties directly",
     "MULTI_DEVICE_PRIORITIES": "one device runs the model: choose it with device=",
+    "adapters": "give the adapter's folder to load(adapters=...)",
 }
 
 
@@ -99,8 +98,8 @@ def _check(key: object, value: object, device: DeviceInfo, properties: Mapping[s
         raise TypeError(f"ov_config keys must be strings, not {type(key).__name__}: {key!r}")
     if value is None:
         raise TypeError(f"ov_config[{key!r}] is None; leave the key out for the device's default")
-    if key in _SET_BY_DEVICE:
-        raise ConfigError(f"ov_config cannot hold {key!r}: {_SET_BY_DEVICE[key]}")
+    if key in _SET_ELSEWHERE:
+        raise ConfigError(f"ov_config cannot hold {key!r}: {_SET_ELSEWHERE[key]}")
     if key in _NPU_KEYS and device.kind != "NPU":
         raise ConfigError(f"ov_config key {key!r} is for the NPU; {device.name} has no such property")
     known = {name for name, access in properties.items() if access != "RO"} | _CORE_KEYS | _GENAI_KEYS
@@ -111,7 +110,7 @@ def _check(key: object, value: object, device: DeviceInfo, properties: Mapping[s
         raise ConfigError(f"ov_config key {key!r} can only be read on {device.name}, not set")
     raise ConfigError(
         f"ov_config key {key!r} is unknown on {device.name} ({device.full_name}).{_suggestion(key, known)}"
-        f" Accepted: {', '.join(sorted(known - _SET_BY_DEVICE.keys()))}"
+        f" Accepted: {', '.join(sorted(known - _SET_ELSEWHERE.keys()))}"
     )
 
 

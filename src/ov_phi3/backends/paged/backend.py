@@ -37,7 +37,7 @@ CAPABILITIES = Capabilities(
 
 _LOOKUP_TOKENS, _LOOKUP_NGRAM = 5, 3  # GenAI's own defaults for prompt lookup
 _FOREIGN = "belongs to backend='llm_pipeline'; leave it out or use that."
-_FOREIGN_PROPERTIES = ("adapters", "draft_model", "extensions", "scheduler_config")
+_FOREIGN_PROPERTIES = ("draft_model", "extensions", "scheduler_config")
 _FIRST_TOKENS = 1024  # of a cache that grows
 _GPU_CHUNK = 1024
 

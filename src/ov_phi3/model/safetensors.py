@@ -1,0 +1,66 @@
+"""The header of a safetensors file: which tensors it holds, of which type and shape."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ov_phi3.errors import ModelError
+
+__all__ = ["TensorEntry", "read_header"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: its element type, such as "F32" or "BF16".
+        shape: its shape.
+        size: its size in bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def read_header(file: Path) -> Mapping[str, TensorEntry]:
+    """The tensors of a safetensors file by name: 8 bytes with the header's length, a JSON header, the values.
+
+    Source: https://github.com/huggingface/safetensors#format.
+
+    Raises:
+        ModelError: the file cannot be read, is cut off, or is none.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise ModelError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its directory.")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            header: dict[str, Any] = json.loads(stream.read(length)) if length < size else {}
+        found = {name: value for name, value in header.items() if name != "__metadata__"}
+        needed = 8 + length + max((value["data_offsets"][1] for value in found.values()), default=0)
+        entries = {
+            name: TensorEntry(
+                str(value["dtype"]),
+                tuple(int(width) for width in value["shape"]),
+                int(value["data_offsets"][1] - value["data_offsets"][0]),
+            )
+            for name, value in found.items()
+        }
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{file} is not a safetensors file; download it again.") from error
+    if size < needed:
+        raise ModelError(f"{file} is cut off: it has {size} bytes, and its header needs {needed}. Download it again.")
+    return entries
