@@ -98,8 +98,15 @@ class FakeRunner:
     def close(self) -> None:
         self.closed.set()
 
-    def run(self, step: Sequence[Any], should_continue: Callable[[], bool] | None = None) -> Any:
+    def run(
+        self,
+        step: Sequence[Any],
+        should_continue: Callable[[], bool] | None = None,
+        beside: Callable[[], None] | None = None,
+    ) -> Any:
         self.passes += 1
+        if beside is not None:
+            beside()
         try:
             if self.before_pass is not None:
                 self.before_pass(step)

@@ -45,12 +45,12 @@ class FakeGroup:
         return (count - 1,) if count == sequence.num_uncached else ()
 
     def drafts(self, sequence: Sequence) -> list[int]:
-        assert sequence.num_uncached == 1
+        assert sequence.is_decoding
         return [-1] * self.num_drafts
 
 
 def is_decoding(group: FakeGroup) -> bool:
-    return all(sequence.num_uncached == 1 for sequence in group.sequences)
+    return all(sequence.is_decoding for sequence in group.sequences)
 
 
 def tokens_of(sequence: Sequence, end: int) -> Tokens:

@@ -147,6 +147,7 @@ class BackendReport:
         steps: passes that gave tokens of the reply; None if unknown.
         drafted_tokens: draft tokens that were computed; None if unknown.
         accepted_tokens: of these, the ones that the reply has; None if unknown.
+        forced_tokens: tokens that took no pass of their own because a structure allowed no other; None if unknown.
     """
 
     hit_limit: bool
@@ -159,6 +160,7 @@ class BackendReport:
     steps: int | None = None
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
+    forced_tokens: int | None = None
 
 
 EngineReport = BackendReport

@@ -110,6 +110,18 @@ class Sampler:
         self._note(token)
         return token
 
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether it needs the logits of a token also where there is only one that may come."""
+        config = self._config
+        return bool(config.logits_processors or config.bad_words) or config.top_logprobs is not None
+
+    def take(self, token: int) -> None:
+        """Note the only token that may come, chosen without logits; the random numbers go on as with them."""
+        if self._config.do_sample:
+            self._generator.random(2 if self._config.xtc_probability else 1)
+        self._note(token)
+
     def _check_highest(self, score: np.float32) -> None:
         """Refuse logits that no token follows from: numpy takes a NaN for the highest value wherever it stands."""
         if np.isnan(score):

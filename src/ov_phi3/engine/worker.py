@@ -270,6 +270,7 @@ class ReplyWorker:
                 "steps": report.steps,
                 "drafted_tokens": report.drafted_tokens,
                 "accepted_tokens": report.accepted_tokens,
+                "forced_tokens": report.forced_tokens,
             }
         metrics = Metrics.from_stamps(
             requested=self._options.requested,

@@ -35,10 +35,12 @@ class Metrics:
         engine_tpot_ms: mean gap between tokens by the engine's clock; None if it has none.
         recomputed_tokens: tokens computed a second time because the reply crossed the LongRoPE boundary. The gap before
             the first token behind the boundary includes that prefill. 0 for all other replies and models.
-        steps: passes of the model that gave tokens; with speculation fewer than tokens. None if unknown
-            (`backend="llm_pipeline"`), as are the next two.
+        steps: passes of the model that gave tokens; with speculation or a structure fewer than tokens. None if unknown
+            (`backend="llm_pipeline"`), as are the next three.
         drafted_tokens: tokens that were guessed and computed together with the token before them.
         accepted_tokens: guessed tokens that are part of the reply.
+        forced_tokens: tokens that took no pass of their own because the structure allowed no other. Every token of a
+            reply is from a step of its own, accepted, or forced.
     """
 
     prompt_tokens: int
@@ -56,6 +58,7 @@ class Metrics:
     steps: int | None = None
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
+    forced_tokens: int | None = None
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -84,9 +87,11 @@ class Metrics:
             parts.append(f"first token {self.ttft_ms:.0f} ms")
         if self.tpot_ms is not None:
             parts.append(f"{self.tpot_ms:.1f} ms per token ({self.tokens_per_second:.1f} tokens/s)")
+        saved = [f"{self.forced_tokens} forced"] if self.forced_tokens else []
         if self.drafted_tokens:
-            accepted = f"{self.accepted_tokens} of {self.drafted_tokens} drafts accepted"
-            parts.append(f"{self.tokens_per_step:.2f} tokens per step ({accepted})")
+            saved.append(f"{self.accepted_tokens} of {self.drafted_tokens} drafts accepted")
+        if saved:
+            parts.append(f"{self.tokens_per_step:.2f} tokens per step ({', '.join(saved)})")
         if self.recomputed_tokens:
             parts.append(f"{self.recomputed_tokens} tokens computed again past the LongRoPE boundary")
         return ", ".join(parts)
@@ -103,12 +108,7 @@ class Metrics:
         ended: float,
         prompt_tokens: int,
         reused_tokens: int | None = None,
-        engine_ttft_ms: float | None = None,
-        engine_tpot_ms: float | None = None,
-        recomputed_tokens: int = 0,
-        steps: int | None = None,
-        drafted_tokens: int | None = None,
-        accepted_tokens: int | None = None,
+        **reported: Any,
     ) -> Metrics:
         """From stamps of one clock, in seconds.
 
@@ -121,12 +121,7 @@ class Metrics:
             ended: the reply ended.
             prompt_tokens: see the attribute.
             reused_tokens: see the attribute.
-            engine_ttft_ms: see the attribute.
-            engine_tpot_ms: see the attribute.
-            recomputed_tokens: see the attribute.
-            steps: see the attribute.
-            drafted_tokens: see the attribute.
-            accepted_tokens: see the attribute.
+            reported: the attributes with defaults, as the backend reports them.
         """
 
         def since(stamp: float | None) -> float | None:
@@ -144,10 +139,5 @@ class Metrics:
             total_ms=(ended - requested) * 1000.0,
             queue_ms=max(left_queue - (requested if queued is None else queued), 0.0) * 1000.0,
             token_times_ms=tuple((t - requested) * 1000.0 for t in tokens),
-            engine_ttft_ms=engine_ttft_ms,
-            engine_tpot_ms=engine_tpot_ms,
-            recomputed_tokens=recomputed_tokens,
-            steps=steps,
-            drafted_tokens=drafted_tokens,
-            accepted_tokens=accepted_tokens,
+            **reported,
         )

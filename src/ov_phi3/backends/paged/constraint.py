@@ -6,9 +6,12 @@ gets the bytes of every token from this library's tokenizer, so that its view of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
+from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "ConstraintCompiler", "matches"]
 
 _CACHED = 64  # compiled grammars
+_ENCODED = 4096  # texts
 
 
 class Constraint:
@@ -38,11 +42,29 @@ class Constraint:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        self._ahead: deque[NDArray[np.bool_]] = deque()  # masks of the next positions
+        self._assumed: deque[int] = deque()  # tokens between these positions
 
     @property
     def ended(self) -> bool:
         """Whether the structure is complete and cannot go on."""
         return bool(self._matcher.is_stopped())
+
+    def prepare(self, tokens: Sequence[int]) -> None:
+        """Compute ahead which tokens may come next, and which behind some next tokens as far as these are allowed.
+
+        Meant for the time of a pass, which needs none of it. What fails here fails again in `allowed`, if it is asked.
+        """
+        self._ahead.clear()
+        self._assumed.clear()
+        ahead = self.fork() if tokens else self  # a wrong guess must not leave the matcher in an error state
+        with contextlib.suppress(GenerationError):
+            self._ahead.append(ahead._computed())
+            for token in tokens:
+                ahead.consume(token)
+                mask = ahead._computed()
+                self._assumed.append(token)
+                self._ahead.append(mask)
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next; bool, shape [vocabulary].
@@ -50,6 +72,31 @@ class Constraint:
         Raises:
             GenerationError: the grammar has become too complex.
         """
+        return self._ahead[0] if self._ahead else self._computed()
+
+    def forced(self) -> int | None:
+        """The only token that may come next; None if there are several.
+
+        Where a structure leaves one text, llguidance allows one token, that of the tokenizer's own cut of the text. So
+        this is the token that `allowed` has. Of a longer text only the first token is certain: the cut of the rest may
+        change with what has been consumed.
+
+        Raises:
+            GenerationError: the grammar has become too complex.
+        """
+        tokens = self._matcher.compute_ff_tokens()
+        self._check()
+        return int(tokens[0]) if tokens else None
+
+    def take_forced(self, most: int) -> list[int]:
+        """Consume forced tokens, at most this many, and return them."""
+        tokens: list[int] = []
+        while len(tokens) < most and not self.ended and (token := self.forced()) is not None:
+            self.consume(token)
+            tokens.append(token)
+        return tokens
+
+    def _computed(self) -> NDArray[np.bool_]:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
@@ -66,6 +113,12 @@ class Constraint:
         Raises:
             GenerationError: the token was not allowed, or the grammar has become too complex.
         """
+        if self._assumed and self._assumed[0] == token:
+            self._assumed.popleft()
+            self._ahead.popleft()
+        else:
+            self._assumed.clear()
+            self._ahead.clear()
         self._matcher.consume_token(token)
         self._check()
 
@@ -154,10 +207,15 @@ class _Vocabulary:
             names.get(i, f"<|{i}|>").encode() if i in special else tokenizer.token_bytes(i) for i in range(vocab_size)
         ]
 
+        # The texts that are forced, such as keys, come again in every reply; encoding one takes as long as many masks.
+        self._encode = functools.lru_cache(_ENCODED)(self._encode_continuation)
+
     def __call__(self, text: str | bytes) -> list[int]:
         """Ids of a text that continues another one."""
-        plain = text.decode("utf-8") if isinstance(text, bytes) else text
-        ids: list[int] = self._tokenizer.encode_continuation(plain).tolist()
+        return self._encode(text.decode("utf-8") if isinstance(text, bytes) else text)
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode_continuation(text).tolist()
         return ids
 
 

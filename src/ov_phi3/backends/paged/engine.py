@@ -135,9 +135,14 @@ class PagedEngine:
             return
         parts = [part for _, part in step]
         groups = list(dict.fromkeys(group for group, _ in step))
+        preparing = [group for group in groups if group.can_prepare]
         began = time.perf_counter()
         try:
-            logits = self._runner.run(parts, lambda: any(_is_wanted(group) for group in groups))
+            logits = self._runner.run(
+                parts,
+                lambda: any(_is_wanted(group) for group in groups),
+                partial(_prepare, preparing) if preparing else None,
+            )
         except Cancelled:
             self._undo(parts)
             return
@@ -196,8 +201,11 @@ class PagedEngine:
             length: of the sequence before the step.
         """
         sequence = part.sequence
-        taken = len(sequence) - length - 1  # the last new token was chosen, not computed
-        sequence.num_cached += max(0, min(taken, len(part.drafts)))
+        taken = sequence.ids[length : length + len(part.drafts)].tolist()
+        pairs = enumerate(zip(taken, part.drafts, strict=False))
+        # The last token was chosen, not computed.
+        right = next((index for index, (token, draft) in pairs if token != draft), len(sequence) - length - 1)
+        sequence.num_cached += max(0, min(right, len(part.drafts)))
         if not sequence.has_crossed:
             self._prefixes.register_full_blocks(sequence)
         self._scheduler.release_unused(sequence)
@@ -301,6 +309,11 @@ class PagedEngine:
             if self._thread is None:
                 tables = [sequence.blocks for group in self._scheduler.groups for sequence in group.all_sequences]
                 self.blocks.check(tables)
+
+
+def _prepare(groups: list[Group]) -> None:
+    for group in groups:
+        group.prepare()
 
 
 def _is_wanted(group: Group) -> bool:

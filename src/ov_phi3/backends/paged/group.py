@@ -54,9 +54,11 @@ class Group:
         recomputed_tokens: tokens computed a second time, after a LongRoPE crossing.
         max_chunk: most tokens of one sequence in a step; 0 for any number.
         error: what ended it, when it failed.
+        can_prepare: whether `prepare` has something to do.
     """
 
     max_chunk = 0
+    can_prepare = False
 
     def __init__(self, request: Request, rope_boundary: int | None = None) -> None:
         self.request = request
@@ -139,6 +141,9 @@ class Group:
         """Guesses of the tokens behind a sequence's last one, which the next step computes with it; () for none."""
         return ()
 
+    def prepare(self) -> None:
+        """Do, while a pass with its sequences runs, what does not depend on the logits; only if `can_prepare`."""
+
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
         """Use the logits of a step: [rows, vocabulary] for each sequence that wanted some."""
         raise NotImplementedError
@@ -166,6 +171,7 @@ class ReplyGroup(Group):
         super().__init__(request, rope_boundary)
         self._sink = sink
         self._chooser = TokenChooser(request, request.config, constraint, drafter)
+        self.can_prepare = self._chooser.can_prepare
         self._began = time.perf_counter()
         self._first: float | None = None
         self._last = self._began
@@ -173,6 +179,10 @@ class ReplyGroup(Group):
     def drafts(self, sequence: Sequence) -> Sequence_[int]:
         """Guesses of the next tokens."""
         return self._chooser.drafts(sequence)
+
+    def prepare(self) -> None:
+        """Compute ahead which tokens the structure allows."""
+        self._chooser.prepare()
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:  # noqa: ARG002
         """Choose the next tokens and deliver them."""
@@ -205,6 +215,7 @@ class ReplyGroup(Group):
             steps=self._chooser.steps,
             drafted_tokens=self._chooser.drafted,
             accepted_tokens=self._chooser.accepted,
+            forced_tokens=self._chooser.forced,
         )
 
 
@@ -290,6 +301,7 @@ class SampleGroup(Group):
             )
             for seed in seeds
         ]
+        self.can_prepare = constraint is not None
         self._scores = [0.0] * count
         watch = request.stop_watch
         self._watches = [None if watch is None else watch.fork() for _ in range(count)]
@@ -298,6 +310,12 @@ class SampleGroup(Group):
     def drafts(self, sequence: Sequence) -> Sequence_[int]:
         """Guesses of the next tokens of a sample."""
         return self._choosers[self._samples.index(sequence)].drafts(sequence) if self._samples else ()
+
+    def prepare(self) -> None:
+        """Compute ahead which tokens the structure allows in each sample that has not ended."""
+        for chooser in self._choosers:
+            if not chooser.ended:
+                chooser.prepare()
 
     def advance(self, rows: list[tuple[Sequence, NDArray[np.float32]]], fork: Fork) -> None:
         """Choose the next tokens of every sample; the first step makes the samples."""

@@ -122,7 +122,10 @@ class ModelRunner:
             return None
 
     def run(
-        self, step: Sequence_[ScheduledTokens], should_continue: Callable[[], bool] | None = None
+        self,
+        step: Sequence_[ScheduledTokens],
+        should_continue: Callable[[], bool] | None = None,
+        beside: Callable[[], None] | None = None,
     ) -> NDArray[np.float32]:
         """Compute the tokens of a step and store their keys and values.
 
@@ -130,6 +133,7 @@ class ModelRunner:
             step: the sequences, whose tables have blocks for the new tokens.
             should_continue: called now and then during a long pass; False cancels it. Not called on a GPU, where a
                 pass always runs to its end (openvino 2026.4.1).
+            beside: called while the pass runs.
 
         Returns:
             Logits of the wanted rows in the order of the step, float32, shape [rows, vocabulary]; valid until the next
@@ -140,10 +144,11 @@ class ModelRunner:
         """
         shapes = self._inputs.fill(step, self.block_size)
         try:
-            if should_continue is None or shapes[0] < _LONG_PASS or not self._cancels:
-                self._request.infer()
+            cancels = should_continue is not None and shapes[0] >= _LONG_PASS and self._cancels
+            if cancels or beside is not None:
+                self._infer_while(should_continue if cancels else None, beside)
             else:
-                self._infer_while(should_continue)
+                self._request.infer()
         except BaseException:
             self._repair(shapes)
             raise
@@ -161,8 +166,17 @@ class ModelRunner:
         self._shapes = (rows, rows, rows)
         return seconds
 
-    def _infer_while(self, should_continue: Callable[[], bool]) -> None:
+    def _infer_while(self, should_continue: Callable[[], bool] | None, beside: Callable[[], None] | None) -> None:
         self._request.start_async()
+        if beside is not None:
+            try:
+                beside()
+            except BaseException:
+                self._request.wait()  # the inputs are in use until then
+                raise
+        if should_continue is None:
+            self._request.wait()
+            return
         while not self._request.wait_for(_POLL_MS):
             if not should_continue():
                 self._request.cancel()

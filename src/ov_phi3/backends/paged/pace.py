@@ -37,7 +37,7 @@ class Pace:
 
     def note(self, parts: Sequence[ScheduledTokens], seconds: float) -> None:
         """Note the time of a step."""
-        prefill = sum(part.known for part in parts if part.known > 1)
+        prefill = sum(part.known for part in parts if not part.sequence.is_decoding)
         if not prefill:
             self._decode_s = _average(self._decode_s, seconds)
         elif len(parts) == 1 or self._decode_s is None:

@@ -114,13 +114,14 @@ class Scheduler:
         return True
 
     def _schedule_decode(self, group: Group, step: list[tuple[Group, ScheduledTokens]]) -> None:
-        """One token for every sequence of a group; all of them or none, since beams are compared with each other."""
+        """The next token of every sequence of a group; all of them or none, as beams are compared with each other."""
         parts = []
         for sequence in group.sequences:
-            while not self._reserve(sequence, 1):
+            count = sequence.num_uncached
+            while not self._reserve(sequence, count):
                 if not self._preempt(group, step):
                     return
-            parts.append((group, ScheduledTokens(sequence, 1, group.rows(sequence, 1))))
+            parts.append((group, ScheduledTokens(sequence, count, group.rows(sequence, count))))
         if group in self.running:
             step += parts
 
@@ -165,17 +166,18 @@ class Scheduler:
     def _with_drafts(self, group: Group, part: ScheduledTokens) -> ScheduledTokens:
         """A decode with the drafts of its sequence, if there are blocks for them; nobody is preempted for drafts."""
         sequence = part.sequence
-        if sequence.num_uncached != 1 or not (drafts := tuple(group.drafts(sequence))):
+        if not sequence.is_decoding or not (drafts := tuple(group.drafts(sequence))):
             return part
-        count = 1 + len(drafts)
+        known = sequence.num_uncached
+        count = known + len(drafts)
         if not self._reserve(sequence, count):
             self.release_unused(sequence)
             return part
-        return ScheduledTokens(sequence, count, tuple(range(count)), drafts)
+        return ScheduledTokens(sequence, count, tuple(range(known - 1, count)), drafts)
 
     def release_unused(self, sequence: Sequence) -> None:
-        """Release the blocks that a sequence needs neither for its tokens nor for the next one."""
-        used = -(-(sequence.num_cached + 1) // self._blocks.block_size)
+        """Release the blocks that a sequence does not need for its tokens."""
+        used = -(-max(len(sequence), sequence.num_cached + 1) // self._blocks.block_size)
         self._blocks.release(sequence.blocks[used:])
         del sequence.blocks[used:]
 
@@ -215,4 +217,4 @@ def _rounded_budget(decodes: int, budget: int) -> int:
 
 
 def _is_decoding(group: Group) -> bool:
-    return all(sequence.num_uncached == 1 for sequence in group.sequences)
+    return all(sequence.is_decoding for sequence in group.sequences)

@@ -29,6 +29,7 @@ class Sequence:
         num_cached: tokens from the start whose keys and values are in `blocks`.
         blocks: the block table.
         keys: keys of the full blocks at the start of the table, as far as they are registered.
+        num_forced: its last tokens that were added without a pass, because nothing else might come.
         cached_long: whether the cached keys were rotated with the long factors of LongRoPE.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
         self.num_cached = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
+        self.num_forced = 0
         self.cached_long = False
 
     def __len__(self) -> int:
@@ -61,6 +63,11 @@ class Sequence:
     def num_uncached(self) -> int:
         """Tokens whose keys and values are still to be computed."""
         return self._length - self.num_cached
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its last chosen token is uncached, and the forced ones behind it."""
+        return 1 <= self._length - self.num_cached <= 1 + self.num_forced
 
     @property
     def is_long(self) -> bool:
