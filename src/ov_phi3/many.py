@@ -127,6 +127,10 @@ class ReplyBatch:
         self._done = 0
         self._closed = False
 
+    def __repr__(self) -> str:
+        total = "" if self._total is None else f" of {self._total}"
+        return f"<ReplyBatch, {self._done}{total} finished>"
+
     def __iter__(self) -> Iterator[tuple[int, Outcome]]:
         return self
 

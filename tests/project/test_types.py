@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from checkers import Finding, mypy, pyright
+from pages import PAGES, name_of, python_blocks
 
 import ov_phi3
 from ov_phi3.exporting import flags
@@ -65,6 +66,28 @@ def test_the_right_program_can_be_imported() -> None:
     spec.loader.exec_module(module)
     for function in (module.last_word, module.export, module.chat, module.ask):
         assert get_type_hints(function)  # every name in the annotations exists at run time too
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_example_of_the_pages_passes_mypy(tmp_path: Path) -> None:
+    """Each page is one module, whose lines are the page's."""
+    modules = {}
+    for page in PAGES:
+        lines: list[str] = []
+        for block in python_blocks(page):
+            lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
+        if lines:
+            path = tmp_path / f"{name_of(page).removesuffix('.md').replace('/', '_').replace('-', '_')}.py"
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            modules[path.name] = name_of(page)
+    assert len(modules) >= 15
+    config = tmp_path / "mypy.ini"  # the cookbook's program imports packages of which a check takes a minute and a half
+    config.write_text("[mypy-torch.*,transformers.*,optimum.*]\nfollow_imports = skip\n", encoding="utf-8")
+    rules = ("--check-untyped-defs", "--disable-error-code=import-untyped")
+    found = mypy([tmp_path / name for name in modules], *rules, config=config)
+    assert [f"{modules[finding.file]}:{finding.line}: {finding.text}" for finding in found] == []
 
 
 # -- names and options ------------------------------------------------------------------------------------------------

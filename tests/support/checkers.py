@@ -29,9 +29,10 @@ class Finding:
     text: str
 
 
-def mypy(files: Sequence[Path], *flags: str) -> list[Finding]:
+def mypy(files: Sequence[Path], *flags: str, config: Path | None = None) -> list[Finding]:
     """The errors that mypy finds in files, and in these only."""
-    command = [sys.executable, "-m", "mypy", "--config-file", os.devnull, "--follow-imports=silent", *flags]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(config or os.devnull), *flags]
+    command += ["--follow-imports=silent"]
     # Another cache than the project's own: the package counts as a library here, and is checked by other rules.
     command += ["--python-version=3.10", "--cache-dir", str(ROOT / ".mypy_cache" / "programs"), "--no-pretty"]
     environment = dict(os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
@@ -48,6 +49,14 @@ class Report:
     roofline: Roofline | None = None
     loaded_memory_bytes: int | None = None
     peak_memory_bytes: int | None = None
+
+    def __repr__(self) -> str:
+        where = f"{self.model['path']} on {self.device['name']}"
+        return f"<Report of {where}: {len(self.measurements)} prompt lengths, {len(self.chat)} chat turns>"
+
+    def _repr_html_(self) -> str:
+        """The tables as a notebook shows them."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __len__(self) -> int:
         return len(self.measurements)

@@ -177,6 +177,9 @@ class GenerationConfig:
             validation.choice(name, getattr(self, name), values)
         contradictions.check(self)
 
+    def __repr__(self) -> str:
+        return f"GenerationConfig({', '.join(map(self.show, self.given))})"
+
     def _set(self, name: str, value: object) -> None:
         """Set a field of this frozen record; for `__post_init__` only."""
         object.__setattr__(self, name, value)

@@ -80,6 +80,9 @@ class Metrics:
         rates = {"tokens_per_second": self.tokens_per_second, "tokens_per_step": self.tokens_per_step}
         return {**asdict(self), **rates}
 
+    def __repr__(self) -> str:
+        return f"<Metrics: {self}>"
+
     def __str__(self) -> str:
         reused = f" ({self.reused_tokens} from the cache)" if self.reused_tokens else ""
         parts = [f"{self.prompt_tokens} prompt tokens{reused}", f"{self.generated_tokens} new"]

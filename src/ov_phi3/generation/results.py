@@ -15,10 +15,16 @@ from ov_phi3.text.tool_calls import ToolCall
 __all__ = ["Alternative", "FinishReason", "GenerationResult", "Score", "StreamChunk", "TokenLogprob"]
 
 _MAX_EXPONENT = 709.0  # exp of more overflows a float64
+_SHOWN_TEXT = 60  # characters of a reply in its repr
 
 FinishReason = Literal["stop", "tool_calls", "length", "cancelled", "timeout", "loop"]
 """Why a reply ended: an end token or stop string, the same behind tool calls, its length limit, cancellation, its
 `timeout`, or `stop_on_loop`."""
+
+
+def shortened(text: str, width: int = _SHOWN_TEXT) -> str:
+    """The repr of a text, in one line of limited width."""
+    return repr(text if len(text) <= width else f"{text[: width - 4]} ...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,9 @@ class Alternative:
     tool_calls: tuple[ToolCall, ...] = ()
     parsed: Any = None
 
+    def __repr__(self) -> str:
+        return f"<Alternative {shortened(self.text)}: {self.finish_reason}, score {self.score:.3f}>"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
@@ -146,8 +155,17 @@ class GenerationResult:
     tool_calls: tuple[ToolCall, ...] = ()
     parsed: Any = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        calls = f"{len(self.tool_calls)} tool calls, " if self.tool_calls else ""
+        return f"<GenerationResult {shortened(self.text)}: {calls}{self.finish_reason} after {self.metrics}>"
+
     def __str__(self) -> str:
         return self.text
+
+    def _repr_markdown_(self) -> str:
+        """The reply as a notebook shows it."""
+        calls = "".join(f"\n\n    {call.name}({call.arguments})" for call in self.tool_calls)
+        return f"{self.text}{calls}\n\n---\n*{self.finish_reason} after {self.metrics}*"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the prompt's ids, as JSON-ready values."""
@@ -185,6 +203,9 @@ class Score:
 
     token_ids: list[int]
     logprobs: list[float]
+
+    def __repr__(self) -> str:
+        return f"<Score of {len(self.token_ids)} tokens: log-probability {self.total:.3f}>"
 
     @property
     def total(self) -> float:
