@@ -9,6 +9,7 @@ from ov_phi3._version import __version__
 
 TYPE_CHECKING = False  # type checkers take it for typing's, whose import would take most of this one's time
 if TYPE_CHECKING:
+    from ov_phi3.adapters import Adapters
     from ov_phi3.backends.protocol import (
         Backend,
         BackendName,
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from ov_phi3.text.tools import ToolChoice
 
 _HOMES = {
+    "adapters": ("Adapters",),
     "backends.protocol": (
         "Backend",
         "BackendName",
@@ -195,6 +197,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Adapters",
     "AddedToken",
     "Alternative",
     "Backend",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapters", "check_adapters"]
 
-_Path: TypeAlias = "str | os.PathLike[str]"
-Adapters: TypeAlias = "_Path | Sequence[_Path] | Mapping[str, float] | Mapping[os.PathLike[str], float]"
+_Path: TypeAlias = str | os.PathLike[str]
+Adapters: TypeAlias = _Path | Sequence[_Path] | Mapping[str, float] | Mapping[os.PathLike[str], float]
 """A folder with an adapter, several, or a mapping of folders to strengths."""
 
 
