@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 LIBRARY = "ov-phi3"
-# All packages that `pip install ov-phi3` installs. A person reviews a new package before it is added: its purpose, its
+# All packages that `pip install .` installs. A person reviews a new package before it is added: its purpose, its
 # authors and its license.
 RUN_TIME = ("numpy", "openvino", "openvino-genai", "openvino-telemetry", "openvino-tokenizers")
 # Requirements that `pip check` may report as missing: see EXCLUDED in lock.py.

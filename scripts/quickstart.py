@@ -1,5 +1,7 @@
 """From a fresh checkout to a reply: make an environment, build the demo model, export it, and ask it a question.
 
+The model is then at `model/demo`, where the README's programs load it.
+
 A second run reuses everything that is current, and needs no network.
 """
 
@@ -11,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from _environments import ensure_environment, venv_command
+from _environments import ensure_environment, venv_command, venv_python
 from _models import ensure_model
 from _paths import ROOT
-from _steps import child_environment, main_of
+from _steps import BootstrapError, child_environment, main_of
 
 # The cookbook's question, system message and reply length. A model of this size repeats itself without the penalty.
 QUESTION = "can you introduce yourself?"
@@ -39,16 +41,40 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def link_model(model: Path, link: Path) -> Path:
+    """Make a path in the checkout lead to a model in the cache; return it, or the model if something else is there."""
+    if _is_link(link):
+        if link.resolve() == model.resolve():
+            return link
+        link.unlink()  # it leads to an older build of the model
+    elif link.exists():
+        return model
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        # A junction, because a symbolic link needs a privilege there.
+        done = subprocess.run(["cmd", "/c", "mklink", "/J", link, model], capture_output=True, check=False)
+        if done.returncode != 0:
+            raise BootstrapError(f"cannot link {link} to {model}: {done.stderr.decode(errors='replace').strip()}")
+    else:
+        link.symlink_to(model, target_is_directory=True)
+    return link
+
+
+def _is_link(path: Path) -> bool:
+    """Return whether a path is a symbolic link or a junction of Windows, also one that leads nowhere."""
+    try:
+        path.readlink()
+    except OSError:
+        return False
+    return True
+
+
 def print_next_steps(venv: Path, model: Path, device: str) -> None:
     """Print commands to try next."""
     command = venv_command(venv, "ov-phi3")
     print("\nWhat to try next")
     print(f"  talk to it:    {_quoted(command, 'chat', model, '--device', device)}")
-    print(f"  from Python:   {_quoted(venv_command(venv, 'python'))}")
-    print("                 >>> import ov_phi3")
-    print(f"                 >>> with ov_phi3.load({str(model)!r}, device={device!r}) as pipe:")
-    print('                 ...     for chunk in pipe.stream("Tell me about Paris."):')
-    print('                 ...         print(chunk.text, end="", flush=True)')
+    print(f"  from Python:   {_quoted(venv_python(venv), ROOT / 'examples' / 'ask.py')}")
     print(f"  run the tests: {_quoted('python', ROOT / 'scripts' / 'test.py')}")
 
 
@@ -57,8 +83,8 @@ def main() -> int:
     options = parse_arguments()
     began = time.monotonic()
     venv = options.venv.absolute()
-    python = ensure_environment(venv, ["export"])
-    model = ensure_model("demo-int4", python)
+    python = ensure_environment(venv, ["export", "quickstart"])
+    model = link_model(ensure_model("demo-int4", python), ROOT / "model" / "demo")
     print(f"- ready after {time.monotonic() - began:.0f} s: {model}\n\n> {options.prompt}\n", flush=True)
     # Through the interpreter, not the installed command: the first line of a script breaks on long paths and on paths
     # with spaces.

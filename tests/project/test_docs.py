@@ -3,7 +3,8 @@
 How an example runs here:
 
 - All ```python blocks of a page run in order, in one namespace, in an empty directory. There,
-  `model/phi3-instruct/int4` is a link to the demo model, and `model/my-adapter` a random LoRA adapter for it.
+  `model/phi3-instruct/int4` and `model/demo` are links to the demo model, and `model/my-adapter` a random LoRA
+  adapter for it.
 - `"GPU.0"` is replaced by the device that the tests run on (OV_PHI3_TEST_DEVICE, default CPU).
 - `ov_phi3.export` checks the recipe and the flags with the real code and then links to the demo model, because an
   export takes minutes. The tests of the real export are in `tests/exporting/`.
@@ -34,6 +35,7 @@ from ov_phi3.exporting.flags import FLAGS, RECIPES, combine
 from ov_phi3.generation import config as generation_config
 
 MODEL = "model/phi3-instruct/int4"
+DEMO = "model/demo"  # where scripts/quickstart.py puts its model
 NOT_RUN = {
     "docs/cookbook.md": ["the cookbook's program needs torch, transformers and optimum-intel at run time"],
     "docs/serving.md": ["needs a running server; tests/serving/test_openai_client.py runs this client against one"],
@@ -47,9 +49,9 @@ WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 @pytest.fixture
 def checkout(tmp_path: Path, demo_int4: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with only the demo model, and an adapter for it, at the paths that the pages use."""
-    model_dir = tmp_path / MODEL
-    model_dir.parent.mkdir(parents=True)
-    model_dir.symlink_to(demo_int4, target_is_directory=True)
+    for model_dir in (tmp_path / MODEL, tmp_path / DEMO):
+        model_dir.parent.mkdir(parents=True, exist_ok=True)
+        model_dir.symlink_to(demo_int4, target_is_directory=True)
     config = json.loads((demo_int4 / "config.json").read_text(encoding="utf-8"))
     write_adapter(tmp_path / "model" / "my-adapter", lora_tensors(config))
     monkeypatch.chdir(tmp_path)
