@@ -90,7 +90,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             job, "OPTIMUM_CLI", "import shutil\nfrom pathlib import Path\nOUT = Path(sys.argv[-1])\n" + code
         )
-        monkeypatch.setattr(exporter, "check_installed", lambda flags: None)
+        monkeypatch.setattr(exporter, "check_installed", lambda *args, **kwargs: None)
         if verify is not None:
             monkeypatch.setattr(job, "VERIFY", f"print({VERIFIED!r})\n" + verify)
 

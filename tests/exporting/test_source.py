@@ -77,7 +77,7 @@ def broken(hf: Path, how: str) -> Path:
         ("pointer", "Git LFS pointer"),
         ("not safetensors", "not a safetensors file"),
         ("gptq", "quantised already .gptq.*full precision"),
-        ("adapter", "LoRA adapter.*microsoft/Phi-3.*merge_and_unload"),
+        ("adapter", "LoRA adapter.*microsoft/Phi-3.*adapter=PATH"),
         ("shard", "lacks model-2.safetensors"),
     ],
 )

@@ -31,6 +31,7 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--recipe", default="int4", help="int4 (the cookbook's), int4-max, int8, fp16 or fp32")
+    parser.add_argument("--adapter", metavar="PATH", help="merge a LoRA adapter of the source, a folder or a hub name")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the source")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     parser.add_argument("--json", action="store_true", help="print a description of the result as JSON")
@@ -44,6 +45,7 @@ def _export(args: argparse.Namespace) -> int:
         args.source,
         args.output,
         recipe=args.recipe,
+        adapter=args.adapter,
         trust_remote_code=args.trust_remote_code,
         overwrite=args.overwrite,
         progress=terminal.progress,

@@ -12,7 +12,7 @@ from ov_phi3.errors import ExportError
 from ov_phi3.exporting.child import ProgressLine
 from ov_phi3.exporting.flags import ExportFlags, Flags, RecipeName, combine
 from ov_phi3.exporting.job import Job
-from ov_phi3.exporting.source import find_source
+from ov_phi3.exporting.source import find_adapter, find_source
 from ov_phi3.exporting.workspace import Workspace, check_output
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.signatures import naming_options
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REQUIREMENTS", "check_installed", "export"]
 
-REQUIREMENTS = ("optimum-intel>=2.2,<2.3", "nncf>=3.4,<3.5", "transformers>=5.5,<5.6")
+REQUIREMENTS = ("optimum-intel>=2.2,<2.3", "nncf>=3.4,<3.5", "transformers>=5.5,<5.6", "peft>=0.21,<0.22")
 """The `export` extra of `pyproject.toml`; it brings torch along."""
 
 _log = logging.getLogger("ov_phi3")
@@ -35,6 +35,7 @@ def export(
     output: str | os.PathLike[str],
     recipe: RecipeName = "int4",
     *,
+    adapter: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Callable[[ProgressLine], object] | None = None,
@@ -51,6 +52,7 @@ def export(
         output: the directory to create.
         recipe: "int4" (that of Microsoft's Phi-3 cookbook: int4 and int8 mixed 60 to 40, symmetric, group size 128),
             "int4-max" (all int4), "int8", "fp16" or "fp32"; see `flags.RECIPES`.
+        adapter: a LoRA adapter to merge into the weights: a folder as peft saves it, or a name on the hub.
         trust_remote_code: run Python code of the model's repository. Phi-3 models need none.
         overwrite: replace a model that exists in `output`. Nothing but a model is ever replaced.
         progress: called with each line of progress, ours and optimum-cli's; see `ProgressLine`. By default the lines
@@ -64,7 +66,7 @@ def export(
 
     Raises:
         ConfigError: unknown recipe or flag, or flags that contradict each other or do not fit the model.
-        ModelError: the source is missing, incomplete, or of another architecture.
+        ModelError: the source is missing, incomplete, or of another architecture, or the adapter does not fit it.
         ExportError: a package is not installed, the output cannot be used, disk or memory is too small, or the export
             failed.
         TypeError: an argument of a wrong type.
@@ -72,12 +74,14 @@ def export(
     if not isinstance(trust_remote_code, bool):
         raise TypeError(f"trust_remote_code is {trust_remote_code!r}; expected True or False")
     combined = combine(recipe, flags)
-    check_installed(combined)
+    check_installed(combined, merges=adapter is not None)
     job = Job(recipe, combined, progress or _log_line, trust_remote_code=trust_remote_code)
     model = find_source(source)
+    lora = None if adapter is None else find_adapter(adapter)
     target = check_output(output, Path(model.name) if model.local else None, overwrite=overwrite)
     with Workspace(target) as work:
-        job.plan(model, work, explicit_group_size=flags.get("group_size") is not None)
+        job.plan(model, work, lora, explicit_group_size=flags.get("group_size") is not None)
+        job.merge(work)
         job.convert(work)
         job.convert_tokenizer(work)
         job.verify(work)
@@ -92,8 +96,8 @@ def _log_line(line: ProgressLine) -> None:
         _log.info("%s", line)
 
 
-def check_installed(flags: Flags) -> None:
-    """Check that the packages for an export are installed.
+def check_installed(flags: Flags, *, merges: bool = False) -> None:
+    """Check that the packages for an export are installed, and for the merge of an adapter.
 
     Raises:
         ExportError: some are not; the message names them and the command that installs them.
@@ -101,6 +105,8 @@ def check_installed(flags: Flags) -> None:
     needed = ["optimum-intel", "transformers", "torch"]
     if flags.get("weight_format") not in ("fp16", "fp32"):
         needed.append("nncf")
+    if merges:
+        needed.append("peft")
     missing = [name for name in needed if versions.package_version(name) is None]
     if missing:
         packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)

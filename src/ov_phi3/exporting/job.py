@@ -23,6 +23,7 @@ from ov_phi3.exporting.group_size import GroupSize, decide_group_size
 from ov_phi3.exporting.source import Source, check_full_precision, check_space, hub_revision
 from ov_phi3.exporting.workspace import Workspace
 from ov_phi3.files import write_atomically
+from ov_phi3.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter
 from ov_phi3.model.config import Phi3Config
 from ov_phi3.model.files import UNFINISHED, check_files, listing
 from ov_phi3.model.info import MANIFEST
@@ -34,10 +35,18 @@ __all__ = ["CONVERT_TOKENIZER", "HUB_CONFIG", "OPTIMUM_CLI", "VERIFY", "Job"]
 OPTIMUM_CLI = "from optimum.commands.optimum_cli import main; main()"
 CONVERT_TOKENIZER = "from openvino_tokenizers.cli_tools.convert_tokenizer import convert_hf_tokenizer as m; m()"
 VERIFY = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.verify import main; main()"
-_CONFIG_LINE = "ov_phi3-config: "
+MERGE = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.merge import main; main()"
+_FETCHED_LINE = "ov_phi3-fetched: "
 HUB_CONFIG = f"""
 from huggingface_hub import hf_hub_download
-print({_CONFIG_LINE!r} + hf_hub_download(sys.argv[1], "config.json", cache_dir=sys.argv[2] or None), flush=True)
+print({_FETCHED_LINE!r} + hf_hub_download(sys.argv[1], "config.json", cache_dir=sys.argv[2] or None), flush=True)
+"""
+
+HUB_ADAPTER = f"""
+from huggingface_hub import snapshot_download
+files = {[ADAPTER_CONFIG, ADAPTER_WEIGHTS]!r}
+folder = snapshot_download(sys.argv[1], allow_patterns=files, cache_dir=sys.argv[2] or None)
+print({_FETCHED_LINE!r} + folder, flush=True)
 """
 
 _TOKENIZER_FILES = frozenset({"openvino_tokenizer.xml", "openvino_detokenizer.xml"})
@@ -45,6 +54,7 @@ _RECORDED_PACKAGES = (
     "optimum-intel",
     "optimum",
     "nncf",
+    "peft",
     "transformers",
     "tokenizers",
     "torch",
@@ -69,6 +79,8 @@ class Job:
         self._progress = progress
         self._started, self._started_at = time.monotonic(), datetime.now(timezone.utc)
         self._source = Source("", local=False)
+        self._adapter: Adapter | None = None
+        self._model = ""
         self._group_size: GroupSize | None = None
         self._checks: list[str] = []
 
@@ -81,46 +93,84 @@ class Job:
         """Report progress."""
         self._progress(ProgressLine(text, ours=True))
 
-    def plan(self, source: Source, work: Workspace, *, explicit_group_size: bool) -> None:
+    def plan(
+        self, source: Source, work: Workspace, adapter: Adapter | str | None = None, *, explicit_group_size: bool
+    ) -> None:
         """Check and decide everything that is possible before optimum-cli starts.
+
+        Args:
+            source: the model.
+            work: where to work.
+            adapter: an adapter to merge, or its name on the hub.
+            explicit_group_size: the caller gave the group size.
 
         Raises:
             ConfigError: the caller's group size does not fit the model.
             ExportError: the hub cannot be reached, or there is not enough disk or memory.
-            ModelError: the model on the hub is of another architecture.
+            ModelError: the model on the hub is of another architecture, or the adapter does not fit the model.
         """
         if self._trust_remote_code:
             self.say("trust_remote_code is on: code from the model's repository will run. Phi-3 models need none.")
         self._source = source if source.local else self._fetch_config(source, work)
+        self._model = self._source.name
+        self._adapter = self._fetch_adapter(adapter, work) if isinstance(adapter, str) else adapter
+        if self._adapter is not None and self._source.config is not None:
+            self._adapter.check_fit(self._source.config, self._source.name)
         if self._source.config is not None:
             self._group_size = decide_group_size(self._flags, self._source.config, explicit=explicit_group_size)
             if self._group_size is not None and self._group_size.adjusted:
                 self._flags["group_size_fallback"] = "adjust"
                 self.say(f"Group size: {self._group_size.reason}")
-        if warning := check_space(self._source, self._flags, work.root):
+        if warning := check_space(self._source, self._flags, work.root, merges=self._adapter is not None):
             self.say(warning)
 
     def _fetch_config(self, source: Source, work: Workspace) -> Source:
         """Download `config.json` first: a wrong name or architecture then fails in a second, not after gigabytes."""
-        self.say(f"{source.name}: no such directory here, looking it up on the Hugging Face hub")
+        file = self._fetch(HUB_CONFIG, source.name, "config.json", work)
+        config = Phi3Config.read(file)
+        check_full_precision(config)
+        return dataclasses.replace(source, config=config, revision=hub_revision(file))
+
+    def _fetch_adapter(self, name: str, work: Workspace) -> Adapter:
+        return read_adapter(self._fetch(HUB_ADAPTER, name, ADAPTER_CONFIG, work))
+
+    def _fetch(self, code: str, name: str, what: str, work: Workspace) -> Path:
+        """The path that a child process printed after it fetched something from the hub."""
+        self.say(f"{name}: no such directory here, looking it up on the Hugging Face hub")
         paths: list[Path] = []
 
         def listen(line: ProgressLine) -> None:
-            if line.startswith(_CONFIG_LINE):
-                paths.append(Path(line.removeprefix(_CONFIG_LINE)))
+            if line.startswith(_FETCHED_LINE):
+                paths.append(Path(line.removeprefix(_FETCHED_LINE)))
 
-        command = [*bootstrap(HUB_CONFIG, work.root), source.name, self._flags.get("cache_dir", "")]
-        code, output = run(command, child_environment(work.scratch), listen)
-        if code or not paths:
-            raise ExportError(explain_failure(f"config.json of {source.name!r} cannot be fetched", code, output))
-        config = Phi3Config.read(paths[0])
-        check_full_precision(config)
-        return dataclasses.replace(source, config=config, revision=hub_revision(paths[0]))
+        command = [*bootstrap(code, work.root), name, self._flags.get("cache_dir", "")]
+        exit_code, output = run(command, child_environment(work.scratch), listen)
+        if exit_code or not paths:
+            raise ExportError(explain_failure(f"{what} of {name!r} cannot be fetched", exit_code, output))
+        return paths[0]
 
     def _arguments(self) -> list[str]:
         """The arguments of optimum-cli without the output directory."""
         trust = ["--trust-remote-code"] if self._trust_remote_code else []
-        return ["export", "openvino", "--model", self._source.name, "--task", TASK, *trust, *arguments(self._flags)]
+        return ["export", "openvino", "--model", self._model, "--task", TASK, *trust, *arguments(self._flags)]
+
+    def merge(self, work: Workspace) -> None:
+        """Merge the adapter, if there is one, into a copy of the model, which is then converted.
+
+        Raises:
+            ExportError: peft failed.
+        """
+        if self._adapter is None:
+            return
+        self.say(f"Merging {self._adapter.path}")
+        merged = work.scratch / "merged"
+        cache, trust = self._flags.get("cache_dir"), self._trust_remote_code
+        options = [*(["--cache-dir", cache] if cache else []), *(["--trust-remote-code"] if trust else [])]
+        command = [*bootstrap(MERGE, work.root), self._source.name, str(self._adapter.path), str(merged), *options]
+        code, output = run(command, child_environment(work.scratch), self._progress)
+        if code:
+            raise ExportError(explain_failure("The adapter cannot be merged", code, output))
+        self._model = str(merged)
 
     def convert(self, work: Workspace) -> None:
         """Run optimum-cli.
@@ -202,6 +252,7 @@ class Job:
             "format": 1,
             "source": self._source.name,
             "revision": self._source.revision,
+            "adapter": None if self._adapter is None else self._adapter.to_dict(),
             "recipe": self._recipe,
             "flags": {"task": TASK, **self._flags, "trust_remote_code": self._trust_remote_code},
             "command": ["optimum-cli", *self._arguments()],

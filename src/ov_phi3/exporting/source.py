@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +11,22 @@ from typing import Any
 
 from ov_phi3.errors import ExportError, ModelError
 from ov_phi3.files import expanded
+from ov_phi3.model.adapter import HUB_NAME, Adapter, read_adapter
 from ov_phi3.model.config import Phi3Config, read_json
 from ov_phi3.model.files import has_weights, listing
 from ov_phi3.model.safetensors import read_header
 from ov_phi3.system.memory import machine_memory
 
-__all__ = ["Source", "check_full_precision", "check_space", "find_source", "hub_revision", "local_source"]
+__all__ = [
+    "Source",
+    "check_full_precision",
+    "check_space",
+    "find_adapter",
+    "find_source",
+    "hub_revision",
+    "local_source",
+]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _GIB = 2**30
 _BYTES_PER_VALUE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -56,12 +63,31 @@ def find_source(source: str | os.PathLike[str]) -> Source:
     path = expanded(source)
     if path.exists():
         return local_source(path.resolve())
-    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and ".." not in source:
+    if isinstance(source, str) and _is_hub_name(source):
         return Source(source, local=False)
     raise ModelError(
         f"{str(source)!r} is neither a directory nor a hub name; expected a directory with config.json, weights and "
         "tokenizer, or a name such as 'microsoft/Phi-3-mini-4k-instruct'."
     )
+
+
+def find_adapter(adapter: str | os.PathLike[str]) -> Adapter | str:
+    """The adapter in a folder, checked, or its name on the hub.
+
+    Raises:
+        ModelError: it is neither, or no LoRA adapter that peft saved.
+        TypeError: it is not a path or a string.
+    """
+    path = expanded(adapter)
+    if isinstance(adapter, str) and not path.exists() and _is_hub_name(adapter):
+        return adapter
+    if path.is_file():
+        raise ModelError(f"{path} is a file; expected the folder of the adapter, {path.parent}.")
+    return read_adapter(path)
+
+
+def _is_hub_name(name: str) -> bool:
+    return HUB_NAME.fullmatch(name) is not None and ".." not in name
 
 
 def local_source(path: Path) -> Source:
@@ -111,9 +137,8 @@ def _adapter(path: Path) -> str:
     """The message about a folder with a LoRA adapter, which names its base model."""
     base = read_json(path / "adapter_config.json").data.get("base_model_name_or_path")
     return (
-        f"{path} holds a LoRA adapter, not a model. Merge it into its base model{f' {base!r}' if base else ''} with "
-        "peft (AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(DIR)), save the "
-        "tokenizer into the same DIR, and export that."
+        f"{path} holds a LoRA adapter, not a model. Export its base model{f' {base!r}' if base else ''} with "
+        "adapter=PATH (--adapter PATH), which merges it."
     )
 
 
@@ -140,10 +165,11 @@ def _values(file: Path) -> int:
     return sum(entry.size // _BYTES_PER_VALUE.get(entry.dtype, 1) for entry in read_header(file).values())
 
 
-def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> str | None:
+def check_space(source: Source, flags: Mapping[str, Any], directory: Path, *, merges: bool = False) -> str | None:
     """Check that there is enough disk and memory for an export.
 
-    Disk: the model in the source's precision, which optimum-cli writes before it quantises, and the result. Memory: 1.5
+    Disk: the model in the source's precision, which optimum-cli writes before it quantises, and the result; with an
+    adapter, the merged model too. Memory: 1.5
     times the source's weights (measured: 11 GB for 7.6 GB of Phi-3-mini); swap counts.
 
     Returns:
@@ -157,6 +183,7 @@ def check_space(source: Source, flags: Mapping[str, Any], directory: Path) -> st
     bits = {"fp32": 32, "fp16": 16, "int8": 8.5}.get(flags.get("weight_format", "int8"), 6.5)
     result = int(source.parameters * bits / 8)
     disk = result if flags.get("weight_format") in ("fp16", "fp32") else result + source.weight_bytes
+    disk += source.weight_bytes if merges else 0
     free = shutil.disk_usage(directory).free
     if free < disk:
         raise ExportError(

@@ -84,6 +84,11 @@ class Adapter:
             digest.update(self.config.path.read_bytes())
         return digest.hexdigest()
 
+    def to_dict(self) -> dict[str, str | int | float | None]:
+        """What a manifest records about it."""
+        names = {"path": str(self.path), "base": self.base, "sha256": self.sha256}
+        return {**names, "rank": self.rank, "scale": self.scale}
+
     def check_fit(self, model: Phi3Config, name: str | None) -> None:
         """Check that it belongs to a model.
 

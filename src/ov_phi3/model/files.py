@@ -127,13 +127,20 @@ def _remedy(directory: Path, name: str) -> str:
     return "export again (ov-phi3 export SOURCE DIRECTORY)"
 
 
-def fingerprint(directory: Path, config: Path, ir: IrSummary) -> str:
+def fingerprint(directory: Path, config: Path, ir: IrSummary, adapter: str = "") -> str:
     """A hash of a model's config, its graph, and 64 samples of 4 KiB of its weights; takes milliseconds.
+
+    Args:
+        directory: the model's directory.
+        config: its `config.json`.
+        ir: its graph.
+        adapter: hash of an adapter that was merged: it can change few weights, which the samples may miss.
 
     Raises:
         ModelError: a file cannot be read.
     """
     digest = hashlib.sha256(ir.xml)
+    digest.update(adapter.encode())
     try:
         digest.update(config.read_bytes())
         digest.update(str(ir.weight_bytes).encode())

@@ -153,7 +153,7 @@ class ModelInfo:
             runtime_options=ir.section("runtime_options"),
             exporter_versions=exporter,
             manifest=files.manifest,
-            fingerprint=fingerprint(files.directory, config.file.path, ir),
+            fingerprint=fingerprint(files.directory, config.file.path, ir, _merged_adapter(files.manifest)),
             warnings=tuple(warnings.sentences),
         )
 
@@ -296,6 +296,12 @@ class _Warnings:
                 f"Exported by optimum-intel {optimum_intel}, whose LongRoPE models (before 2.0) are wrong past "
                 f"{boundary} tokens. Export again with the current version, or keep context_length at or below that."
             )
+
+
+def _merged_adapter(manifest: Mapping[str, Any] | None) -> str:
+    """Hash of the adapter that was merged, by the manifest; "" without one."""
+    adapter = (manifest or {}).get("adapter")
+    return str(adapter.get("sha256", "")) if isinstance(adapter, dict) else ""
 
 
 def _major(version: str) -> int:
