@@ -20,8 +20,9 @@ from ov_phi3.backends.protocol import Backend, BackendName, BackendSpec, LoadReq
 from ov_phi3.backends.registry import backend_spec
 from ov_phi3.checks import whole_number
 from ov_phi3.engine.engine import Engine
-from ov_phi3.engine.limits import Limits
+from ov_phi3.engine.limits import Limits, seconds
 from ov_phi3.engine.longrope import LongRope
+from ov_phi3.engine.residency import ResidentBackend
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Runner
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
@@ -65,6 +66,7 @@ def load(
     concurrency: int = 1,
     template: ChatTemplate | None = None,
     adapters: Adapters | None = None,
+    idle_unload: float | None = None,
 ) -> Pipeline:
     """Load an exported model.
 
@@ -77,14 +79,13 @@ def load(
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.
         context_length: tokens that prompt and reply share; default: the model's own, or what the memory holds.
-        kv_cache_gb: most memory for the KV cache, in GiB; default: enough for one conversation of `context_length` on
-            the CPU, growing on a GPU.
+        kv_cache_gb: most memory for the KV cache, in GiB; default: one conversation of `context_length`.
         prefill_chunk: prompt tokens per chunk of the prefill; between two chunks progress is reported and a reply can
             be cancelled. Default: 2048, 256 on a CPU with a model of over 1 GiB, 0 (whole prompts) on "infer_request".
-        concurrency: requests that run at once; the KV cache is sized for as many conversations. "llm_pipeline": without
-            prompt lookup, draft model or LongRoPE window, and `prefill_chunk` is 256 by default.
+        concurrency: requests that run at once, and conversations that the KV cache has room for (docs/streaming.md).
         template: the chat template; default: the model's own.
         adapters: LoRA adapters of peft for "llm_pipeline": a folder, a list of them, or a mapping to strengths.
+        idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
 
     Raises:
         ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
@@ -99,13 +100,13 @@ def load(
     spec = backend_spec(_default_backend(concurrency, adapters) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
-    _check_arguments(info, context_length, prefill_chunk, concurrency, template)
+    _check_arguments(info, context_length, prefill_chunk, concurrency, template, idle_unload)
     checked = check_adapters(adapters, info, spec.capabilities)
     defaults, ignored = _model_defaults(info)
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
     opened = _open(spec, request := replace(plan, adapters=checked), template)
     try:
-        engine = _engine(request, opened, _supported_defaults(defaults, opened.model.backend, ignored), prefill_chunk)
+        engine = _engine(spec, request, opened, (defaults, ignored), prefill_chunk, idle_unload)
         report = _report(request, opened, [*info.warnings, *ignored], began)
         for warning in report.warnings:
             warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=2)
@@ -120,7 +121,12 @@ def _default_backend(concurrency: object, adapters: object) -> str:
 
 
 def _check_arguments(
-    info: ModelInfo, context_length: int | None, prefill_chunk: int | None, concurrency: int, template: object
+    info: ModelInfo,
+    context_length: int | None,
+    prefill_chunk: int | None,
+    concurrency: int,
+    template: object,
+    idle_unload: float | None,
 ) -> None:
     if template is not None and not isinstance(template, ChatTemplate):
         raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
@@ -129,6 +135,8 @@ def _check_arguments(
         whole_number("context_length", context_length, "tokens", least=2, most=most, note=note)
     if prefill_chunk is not None:
         whole_number("prefill_chunk", prefill_chunk, "tokens", least=0, note=", or 0 for whole prompts")
+    if idle_unload is not None:
+        seconds("idle_unload", idle_unload)
     whole_number("concurrency", concurrency, "requests", least=1, most=_MAX_CONCURRENCY, note=" at once")
 
 
@@ -267,18 +275,39 @@ def _report(request: LoadRequest, opened: _Opened, notes: list[str], began: floa
     )
 
 
-def _engine(request: LoadRequest, opened: _Opened, defaults: GenerationConfig, prefill_chunk: int | None) -> Engine:
+def _engine(
+    spec: BackendSpec,
+    request: LoadRequest,
+    opened: _Opened,
+    model_defaults: tuple[GenerationConfig, list[str]],
+    prefill_chunk: int | None,
+    idle_unload: float | None,
+) -> Engine:
     info, window, backend = request.info, request.kv.context_length, opened.model.backend
     assisted = bool(_ASSISTED_PROPERTIES & request.properties.keys())
     long_rope = LongRope(
         boundary=info.rope_boundary if (info.rope_boundary or 0) < window else None,
         assisted_tokens=_DEFAULT_ASSISTED_TOKENS if assisted else 0,
     )
-    runner = Runner(backend, long_rope, _chunk(backend, request, prefill_chunk))
+    defaults = _supported_defaults(model_defaults[0], backend, model_defaults[1])
+    resident = ResidentBackend(backend, lambda: _reopen(spec, request, opened.tokenizer))
+    runner = Runner(resident, long_rope, _chunk(backend, request, prefill_chunk))
     # A backend that schedules carries every option across the boundary.
     crossing = LongRope() if backend.capabilities.schedules else long_rope
     limits = Limits(defaults, window, request.kv.reason, info.vocab_size, crossing, backend.prefix_index)
-    return Engine(info, opened.tokenizer, runner, limits, request.kv, concurrency=request.concurrency)
+    return Engine(
+        info, opened.tokenizer, runner, limits, request.kv, concurrency=request.concurrency, idle_unload=idle_unload
+    )
+
+
+def _reopen(spec: BackendSpec, request: LoadRequest, tokenizer: Tokenizer) -> Backend:
+    """The backend after it was unloaded, with the tokenizer, which stayed in memory."""
+    future: Future[Tokenizer] = Future()
+    future.set_result(tokenizer)
+    with few_kernels():
+        backend = open_backend(spec, request, future).backend
+    give_memory_back()
+    return backend
 
 
 def _chunk(backend: Backend, request: LoadRequest, prefill_chunk: int | None) -> int:

@@ -68,7 +68,7 @@ class Pipeline:
         self._model = LoadedModel(engine.info, tokenizer, engine)
 
     def __repr__(self) -> str:
-        state = "closed" if self.engine.closed else str(self.device)
+        state = "closed" if self.engine.closed else f"{self.device}{'' if self.loaded else ', unloaded'}"
         return f"<Pipeline {self.info.path.name!r} ({self.info.family}, {self.info.quantization}) on {state}>"
 
     # -- generating --------------------------------------------------------------------------------------------------
@@ -92,20 +92,16 @@ class Pipeline:
         Args:
             prompt: a string (one user message), a list of messages, `Raw` text, or token ids.
             config: how to generate; `options` override it.
-            on_prefill: called with the number of prefilled prompt tokens and their total: at the start (tokens found in
-                the cache), after every chunk of a long prompt, and with the first token. It runs in the reply's own
-                thread. An exception from it ends the reply and is raised here.
-            prefix: what the prompt follows, prefilled (`prefill`, `load_prefix`). A string is the next user message.
-                Messages, `Raw` text and ids are appended too, unless they begin with all ids of the prefix: then they
-                are the whole prompt.
+            on_prefill: called with the number of prefilled prompt tokens and their total: at the start (those that are
+                cached), after every chunk, and with the first token. An exception from it is raised here.
+            prefix: what the prompt follows, prefilled (`prefill`, `load_prefix`). A string is the next user message;
+                other prompts are appended, or are the whole prompt if they begin with all ids of the prefix.
             timeout: seconds for the whole request, waiting in the queue included. The reply then ends with the tokens
-                that have come, and finish reason "timeout": within one token, or at the end of a chunk of the prefill.
-                Beam search cannot be interrupted on `backend="llm_pipeline"`.
-            continue_final_message: the messages end with the assistant's, and the reply goes on with its text instead
-                of starting a new message. The result holds the new text only.
-            tools: functions that the reply may call, in the form of OpenAI's API, or their inner dicts with `name`,
-                `description` and `parameters` alone. They are described in the prompt, a string or messages. The calls
-                are `result.tool_calls`.
+                that have come, and finish reason "timeout": within one token or one chunk of the prefill. Beam search
+                on "llm_pipeline" cannot be interrupted.
+            continue_final_message: the reply continues the assistant's message at the end, and holds new text only.
+            tools: functions that the reply may call, in the form of OpenAI's API, or the inner dicts with `name`,
+                `description` and `parameters` alone. The prompt, a string or messages, describes them.
             tool_choice: "auto" (default) leaves it to the model; "none" describes the tools and takes the reply as
                 text; "required", or `{"type": "function", "function": {"name": ...}}`, enforces calls by a JSON schema.
             **options: fields of `GenerationConfig`.
@@ -233,8 +229,7 @@ class Pipeline:
             prefix: as for `generate`.
 
         Raises:
-            ConfigError: another backend.
-            Error: what `generate` raises.
+            Error: what `generate` raises; a ConfigError with another backend.
         """
         self.engine.require("scores", "score")
         ids = encode_after(self._model, prompt, prefix)
@@ -372,11 +367,26 @@ class Pipeline:
         self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False, speculation=speculation)
         return (now() - began) * 1000.0
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory: neither unloaded nor closed."""
+        return self.engine.loaded
+
+    def unload(self) -> None:
+        """Wait for what runs; free weights and KV cache until the next request, which loads them: `metrics.load_ms`.
+
+        Chats keep their token ids and are prefilled again; prefixes that are held keep their keys and values.
+
+        Raises:
+            ClosedError: the pipeline was closed.
+            StreamError: called from inside a callback of a running request.
+        """
+        self.engine.unload()
+
     def close(self) -> None:
         """Cancel the running requests, wait for them, and free the model. Can be called again.
 
-        A running reply ends within one token, or at the end of a chunk of its prefill. Beam search cannot be
-        interrupted on `backend="llm_pipeline"`: it is waited for.
+        A running reply ends within one token or one chunk of its prefill; beam search on "llm_pipeline" by itself.
 
         Raises:
             StreamError: called from inside a callback of a running request.

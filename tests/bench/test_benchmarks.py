@@ -277,3 +277,16 @@ def test_concurrency_measures_every_number_of_callers(tiny_fp32: Path, device: s
     assert report["samples"].keys() == {"plain", "1", "3", "1, GenAI's batching", "3, GenAI's batching"}
     assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["tokens_per_s_over_one_caller"]["1"] == 1.0
+
+
+def test_interference_has_gaps_of_replies_and_of_the_event_loop(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+    target = tmp_path / "interference.json"
+    sizes = ["--prompt-tokens", "600", "--heartbeat-tokens", "100", "--repeat", "2"]
+    done = run("interference.py", tiny_fp32, "--device", device, *sizes, "--json", target)
+    assert done.returncode == 0, done.stderr
+    assert "beside a prompt over alone: median" in done.stdout
+    assert "4 prompts of 100" in done.stdout
+    report = json.loads(target.read_text(encoding="utf-8"))
+    samples, ratios = report["samples"], report["over_tpot_alone"]
+    assert all(len(samples[name]) > 1 for name in ("alone", "beside a prompt", "heartbeat"))
+    assert 0 < ratios["median"] <= ratios["p99"]

@@ -17,6 +17,7 @@ import ov_phi3
 from ov_phi3 import ConfigError, ModelWarning, Pipeline, TokenLogprob
 from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
 from ov_phi3.engine.longrope import LongRope
+from ov_phi3.engine.residency import ResidentBackend
 from ov_phi3.engine.runner import Runner
 
 Model = tuple[Path, Path, int]
@@ -162,7 +163,9 @@ def test_what_the_engine_is_asked_for() -> None:
         seen.extend(ids)
         return True
 
-    report = Runner(backend, LongRope(boundary=10)).generate(request, sink, lambda *_: True)
+    report = Runner(ResidentBackend(backend, lambda: backend), LongRope(boundary=10)).generate(
+        request, sink, lambda *_: True
+    )
     first, second = backend.requests
     assert (first.ids.tolist(), first.long_rope) == (list(range(7)), False)
     assert (first.config.max_new_tokens, first.config.min_new_tokens, first.config.seed) == (4, 4, 7)
@@ -309,4 +312,4 @@ class TestTheGraph:
 def test_other_models_pay_nothing(tiny_pipe: Pipeline) -> None:
     assert tiny_pipe.engine._runner.long_rope == LongRope()
     backend: Any = tiny_pipe.engine.check_open()
-    assert not backend._marks_ids
+    assert not backend._backend._marks_ids

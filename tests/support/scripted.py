@@ -15,6 +15,7 @@ from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, R
 from ov_phi3.engine.engine import Engine
 from ov_phi3.engine.limits import Limits
 from ov_phi3.engine.longrope import LongRope
+from ov_phi3.engine.residency import ResidentBackend
 from ov_phi3.engine.runner import Runner
 from ov_phi3.kv.layout import KVLayout
 from ov_phi3.kv.prefix_index import PrefixIndex
@@ -114,7 +115,7 @@ def scripted_pipeline(
     engine = Engine(
         info,
         tokenizer,
-        Runner(backend, policy, chunk),
+        Runner(ResidentBackend(backend, lambda: backend), policy, chunk),
         Limits(GenerationConfig(), window, "", info.vocab_size, policy, backend.prefix_index),
         KVCachePlan(KVLayout(32), 0, window, paged=False),
         concurrency=concurrency,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from ov_phi3.errors import StreamError
@@ -63,10 +63,18 @@ class Ticket:
 
 
 class RequestQueue:
-    """First in, first out; the first `width` tickets run at the same time. `threading.Lock` guarantees no order."""
+    """First in, first out; the first `width` tickets run at the same time. `threading.Lock` guarantees no order.
+
+    Args:
+        width: requests that run at the same time.
+
+    Attributes:
+        on_empty: called when the last ticket has left.
+    """
 
     def __init__(self, width: int = 1) -> None:
         self._width = width
+        self.on_empty: Callable[[], None] | None = None
         self._lock = threading.RLock()
         self._tickets: deque[Ticket] = deque()
 
@@ -80,6 +88,15 @@ class RequestQueue:
         with self._lock:
             self._tickets.append(ticket)
             self._release_next()
+
+    def join_if_empty(self, ticket: Ticket) -> bool:
+        """Add a ticket if nothing runs or waits; returns whether it was added."""
+        with self._lock:
+            if self._tickets:
+                return False
+            self._tickets.append(ticket)
+            self._release_next()
+            return True
 
     def _release_next(self) -> None:
         """Release the tickets that may run."""
@@ -133,6 +150,8 @@ class RequestQueue:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
             self._release_next()
+            if not self._tickets and self.on_empty is not None:
+                self.on_empty()
 
     def withdraw(self, ticket: Ticket) -> None:
         """Remove the ticket of a thread that may or may not have started; if it has, it finds its wait abandoned."""

@@ -7,6 +7,7 @@ encoded before they reach it, and conversations are values outside of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ov_phi3.backends.protocol import Backend, CallbackFailed, Cancelled, Capabilities, Request
+from ov_phi3.backends.protocol import CallbackFailed, Cancelled, Capabilities, Request
 from ov_phi3.backends.registry import backends_with
 from ov_phi3.backends.request_queue import RequestQueue, Ticket
 from ov_phi3.engine.channel import Channel
 from ov_phi3.engine.limits import Limits
+from ov_phi3.engine.residency import IdleWatch, unload_in_turn
 from ov_phi3.engine.runner import Runner
 from ov_phi3.engine.stream import TokenStream
 from ov_phi3.engine.threads import new_worker_thread
@@ -32,6 +34,7 @@ from ov_phi3.system.failures import to_generation_error
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.engine.residency import ResidentBackend
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.sizing import KVCachePlan
     from ov_phi3.model.info import ModelInfo
@@ -71,6 +74,7 @@ class Engine:
         limits: what a request may ask for.
         kv: size of the KV cache.
         concurrency: requests that run at once.
+        idle_unload: seconds without a request after which the model leaves memory; None for never.
 
     Attributes:
         info: see above.
@@ -87,6 +91,7 @@ class Engine:
         kv: KVCachePlan,
         *,
         concurrency: int = 1,
+        idle_unload: float | None = None,
     ) -> None:
         self.info = info
         self.concurrency = concurrency
@@ -95,12 +100,18 @@ class Engine:
         self._runner = runner
         self._limits = limits
         self._kv = kv
-        self._backend: Backend | None = runner.backend
+        self._backend: ResidentBackend | None = runner.backend
         self._process = os.getpid()
         self._queue = RequestQueue(concurrency)
         self._state = threading.Lock()
         # The interpreter holds a thread for as long as it runs, so the threads in here have not ended yet.
         self._live: weakref.WeakKeyDictionary[threading.Thread, Channel] = weakref.WeakKeyDictionary()
+        self._idle: IdleWatch | None = None
+        if idle_unload is not None:
+            self._idle = idle = IdleWatch(idle_unload, weakref.WeakMethod(self._unload_unused))
+            backend = runner.backend
+            self._queue.on_empty = lambda: idle.touch() if backend.loaded else None
+            idle.touch()
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -134,7 +145,12 @@ class Engine:
         """Prompt tokens per chunk of the prefill; 0 for whole prompts."""
         return self._runner.chunk
 
-    def check_open(self) -> Backend:
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory: neither unloaded nor closed."""
+        return self._backend is not None and self._backend.loaded
+
+    def check_open(self) -> ResidentBackend:
         """The backend.
 
         Raises:
@@ -147,7 +163,7 @@ class Engine:
             raise ClosedError(f"the pipeline for {self.info.path} was closed; load the model again.")
         return backend
 
-    def require(self, capability: str, what: str) -> Backend:
+    def require(self, capability: str, what: str) -> ResidentBackend:
         """The backend, if it has a capability.
 
         Args:
@@ -223,12 +239,12 @@ class Engine:
 
     def _start(self, worker: ReplyWorker, channel: Channel, ticket: Ticket) -> None:
         """Queue a worker and start its thread."""
-        check_open, queue = self.check_open, self._queue
+        queue = self._queue
         try:
             queue.join(ticket)  # here and not in the thread, so that the order of arrival is the callers'
             with self._state:
                 self.check_open()
-                thread = new_worker_thread(channel, lambda: worker.run(queue, ticket, check_open))
+                thread = new_worker_thread(channel, lambda: worker.run(queue, ticket, self._load))
                 self._live[thread] = channel
                 self.used = True
                 thread.start()
@@ -312,7 +328,7 @@ class Engine:
         """Run in this thread when it is its turn, with the backend's exceptions translated."""
         try:
             with self._queue.turn():
-                self.check_open()
+                self._load()
                 self.used = True
                 yield
         except Cancelled:
@@ -326,6 +342,29 @@ class Engine:
             raise to_generation_error(exc) from exc
 
     # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> float | None:
+        """Load the model again if it was unloaded; the milliseconds that this took, or None.
+
+        Raises:
+            ClosedError: the engine was closed.
+            ConfigError, DeviceError, ModelError: it does not load.
+        """
+        return self.check_open().load()
+
+    def unload(self) -> None:
+        """Wait for all requests that were made before, and free weights and KV cache until the next request.
+
+        Raises:
+            ClosedError: the engine was closed.
+            StreamError: called from inside a callback of a running request.
+        """
+        unload_in_turn(self.check_open(), self._queue)
+
+    def _unload_unused(self) -> None:
+        """Unload if nothing runs or waits; whatever does is followed by another look."""
+        if (backend := self._backend) is not None:
+            unload_in_turn(backend, self._queue, only_if_empty=True)
 
     def close(self) -> None:
         """Cancel the running requests, wait for them, and free the model. Can be called again.
@@ -343,37 +382,17 @@ class Engine:
             live = list(self._live.items())
         if backend is None:
             return
-        release = _CloseOnce(backend, self._queue)
+        if self._idle is not None:
+            self._idle.cancel()
         try:
             for _, channel in live:
                 channel.cancel()
             for thread, _ in live:
                 if thread.ident is not None:
                     thread.join()
-            release()
+            unload_in_turn(backend, self._queue)  # behind a prefill or score in another thread, which ends early
         except BaseException:
             # Interrupted: the wait goes on in the background.
-            threading.Thread(target=release, name="ov_phi3-close", daemon=True).start()
+            late = functools.partial(unload_in_turn, backend, self._queue)
+            threading.Thread(target=late, name="ov_phi3-close", daemon=True).start()
             raise
-
-
-class _CloseOnce:
-    """Closes a backend when its turn comes, once."""
-
-    def __init__(self, backend: Backend, queue: RequestQueue) -> None:
-        self._backend = backend
-        self._queue = queue
-        self._lock = threading.Lock()
-        self._done = False
-
-    def __call__(self) -> None:
-        ticket = Ticket(exclusive=True)
-        try:
-            self._queue.join(ticket)  # behind a prefill, a score or a save in another thread, which ends early
-            self._queue.start(ticket)
-            with self._lock:
-                if not self._done:
-                    self._done = True
-                    self._backend.close()
-        finally:
-            self._queue.leave(ticket)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ov_phi3.backends.protocol import Backend, BackendReport, Cancelled, Hypothesis, Request, TokenSink
+from ov_phi3.backends.protocol import BackendReport, Cancelled, Hypothesis, Request, TokenSink
 from ov_phi3.engine.longrope import LongRope
 from ov_phi3.errors import ContextOverflowError
 from ov_phi3.generation.config import GenerationConfig
@@ -25,6 +25,7 @@ from ov_phi3.generation.config import GenerationConfig
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ov_phi3.engine.residency import ResidentBackend
     from ov_phi3.generation.results import TokenLogprob
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.prefix_index import PrefixIndex
@@ -54,7 +55,7 @@ class Runner:
         chunk: prompt tokens per chunk; 0 for whole prompts. Needs a prefix index.
     """
 
-    backend: Backend
+    backend: ResidentBackend
     long_rope: LongRope = field(default_factory=LongRope)
     chunk: int = PREFILL_CHUNK
 

@@ -18,13 +18,13 @@ _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-def new_worker_thread(channel: Channel, work: Callable[[], None]) -> threading.Thread:
+def new_worker_thread(channel: Channel, work: Callable[[], None], *, name: str = "ov_phi3-stream") -> threading.Thread:
     """A thread for `work`, not started yet, that ends with the interpreter.
 
     At exit it is cancelled and joined before the engine is torn down. It is a daemon, because the interpreter would
     otherwise wait for the whole reply before it runs any exit handler.
     """
-    thread = threading.Thread(target=work, name="ov_phi3-stream", daemon=True)
+    thread = threading.Thread(target=work, name=name, daemon=True)
     _channels.add(channel)
     _threads.add(thread)
     return thread

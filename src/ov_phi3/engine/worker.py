@@ -80,6 +80,7 @@ class ReplyWorker:
         self._options = options
         self._queued = now()
         self._started: float | None = None
+        self._load_ms: float | None = None
         self._first_text: float | None = None
         self._timed_out = False
         self._prefilled = -1
@@ -94,13 +95,14 @@ class ReplyWorker:
         self._last: StreamChunk | None = None
         self._limit = request.config.max_new_tokens or 0
 
-    def run(self, queue: RequestQueue, ticket: Ticket, check_open: Callable[[], object]) -> None:
+    def run(self, queue: RequestQueue, ticket: Ticket, load: Callable[[], float | None]) -> None:
         """Wait for the engine, generate, and end the channel, whatever happens.
 
         Args:
             queue: the queue of the engine.
             ticket: this reply's ticket, which has joined the queue.
-            check_open: raises if the engine was closed while this reply waited.
+            load: loads the model again if it was unloaded, and returns the milliseconds that this took, or None; raises
+                if the engine was closed while this reply waited.
         """
         self._channel.attach_worker()
         self._channel.on_cancel(lambda: queue.abandon(ticket))
@@ -110,7 +112,7 @@ class ReplyWorker:
             if not started and not self._channel.cancelled:
                 self._timed_out = True  # by the wait's own clock, which may be a little ahead of ours
             if started:
-                check_open()
+                self._load_ms = load()
             result = self._generate() if started and not self._should_stop() else self._empty_result()
         except Error as exc:
             self._end(None, exc)
@@ -274,12 +276,13 @@ class ReplyWorker:
             }
         metrics = Metrics.from_stamps(
             requested=self._options.requested,
-            queued=self._queued,
+            queued=self._queued + (self._load_ms or 0.0) / 1000.0,  # loading is no waiting for other requests
             started=self._started,
             tokens=self._stamps,
             first_text=self._first_text,
             ended=now(),
             prompt_tokens=len(self._request.ids),
+            load_ms=self._load_ms,
             **from_backend,
         )
         return GenerationResult(

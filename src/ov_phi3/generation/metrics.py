@@ -41,6 +41,7 @@ class Metrics:
         accepted_tokens: guessed tokens that are part of the reply.
         forced_tokens: tokens that took no pass of their own because the structure allowed no other. Every token of a
             reply is from a step of its own, accepted, or forced.
+        load_ms: the part of `ttft_ms` spent on loading the model again after it was unloaded; None if it was in memory.
     """
 
     prompt_tokens: int
@@ -59,6 +60,7 @@ class Metrics:
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
     forced_tokens: int | None = None
+    load_ms: float | None = None
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -87,7 +89,8 @@ class Metrics:
         reused = f" ({self.reused_tokens} from the cache)" if self.reused_tokens else ""
         parts = [f"{self.prompt_tokens} prompt tokens{reused}", f"{self.generated_tokens} new"]
         if self.ttft_ms is not None:
-            parts.append(f"first token {self.ttft_ms:.0f} ms")
+            loading = "" if self.load_ms is None else f" ({self.load_ms:.0f} ms of it to load the model again)"
+            parts.append(f"first token {self.ttft_ms:.0f} ms{loading}")
         if self.tpot_ms is not None:
             parts.append(f"{self.tpot_ms:.1f} ms per token ({self.tokens_per_second:.1f} tokens/s)")
         saved = [f"{self.forced_tokens} forced"] if self.forced_tokens else []
