@@ -27,6 +27,7 @@ __all__ = [
     "ensure_test_environment",
     "environment_stamp",
     "install_commands",
+    "install_wheel",
     "is_current",
     "starts",
     "venv_command",
@@ -161,6 +162,43 @@ def _locked_commands(
 def ensure_test_environment(venv: Path) -> Path:
     """Make the test environment from the lock, or reuse it; return its interpreter."""
     return ensure_environment(venv, ["torch"], lock_file=LOCK)
+
+
+def wheel_commands(python: Path, built: Path | None, scratch: Path) -> list[tuple[str, list[str | Path]]]:
+    """Return the titles and pip commands that replace the library in an environment by its wheel.
+
+    Args:
+        python: The environment's interpreter; it has the build backend.
+        built: Folder that holds the wheel; None builds one.
+        scratch: An empty folder.
+    """
+    pip: list[str | Path] = [python, "-m", "pip"]
+    commands: list[tuple[str, list[str | Path]]] = []
+    if built is None:
+        build: list[str | Path] = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", scratch, ROOT]
+        commands.append(("build the wheel", [*pip, "wheel", *build]))
+    install: list[str | Path] = ["--no-deps", "--no-index", "--force-reinstall", "--find-links", built or scratch]
+    # Not the project's name alone: pip would also take a source archive that lies beside the wheel.
+    commands.append(("install the wheel", [*pip, "install", *install, "--only-binary", ":all:", "ov-phi3"]))
+    return commands
+
+
+def install_wheel(python: Path, built: Path | None) -> None:
+    """Replace the library in an environment by its wheel, so that tests cannot see the source tree.
+
+    Raises:
+        BootstrapError: It cannot be built or installed, or another copy of the library is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="ov-phi3-wheel-", ignore_cleanup_errors=True) as folder:
+        log = new_log("install-wheel")
+        for title, command in wheel_commands(python, built and built.absolute(), Path(folder)):
+            run_step(title, command, log)
+        code = "import ov_phi3; print(ov_phi3.__file__)"
+        done = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, check=False, env=child_environment(), cwd=folder
+        )
+    if "site-packages" not in done.stdout:
+        raise BootstrapError(f"the wheel is not what is imported: {(done.stdout or done.stderr).strip()[-200:]}")
 
 
 def ensure_environment(

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from _environments import ensure_test_environment
+from _environments import ensure_test_environment, install_wheel
 from _models import ensure_model
 from _paths import ROOT
 from _steps import BootstrapError, child_environment, main_of
@@ -27,6 +27,7 @@ STAGES = ("lint", "format", "types", "docs", "audit", "tests", "emulated")
 EMULATED_DEVICE = "GPU.0"
 # pytest's exit code if the arguments select no test.
 NO_TESTS = 5
+BUILT_HERE = Path()
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,15 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help=f"run the tests on an emulated GPU; --device is {EMULATED_DEVICE} unless given",
     )
     parser.add_argument("--stage", action="append", choices=STAGES, help="run only this stage; repeatable")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-test", help="the environment; default: .venv-test")
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        nargs="?",
+        const=BUILT_HERE,
+        metavar="FOLDER",
+        help="test the wheel in this folder, or one that is built now, instead of the source tree",
+    )
+    parser.add_argument("--venv", type=Path, help="the environment; default: .venv-test, or .venv-test-wheel")
     return parser.parse_known_args()
 
 
@@ -98,7 +107,10 @@ def main() -> int:
     # With --emulated, the stage "tests" runs the tests of the stage "emulated" too.
     default = [stage for stage in STAGES if not (options.emulated and stage == "emulated")]
     stages = [stage for stage in STAGES if stage in (options.stage or default)]
-    python = ensure_test_environment(options.venv)
+    default_venv = ROOT / (".venv-test" if options.wheel is None else ".venv-test-wheel")
+    python = ensure_test_environment(options.venv or default_venv)
+    if options.wheel is not None:
+        install_wheel(python, None if options.wheel == BUILT_HERE else options.wheel)
     if {"tests", "emulated"} & {*stages} and not os.environ.get("OV_PHI3_MODELS"):
         for name in TEST_MODELS if "tests" in stages else EMULATED_MODELS:
             ensure_model(name, python)

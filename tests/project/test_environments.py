@@ -81,3 +81,14 @@ def test_a_foreign_folder_is_not_removed(tmp_path: Path, cache: Path, fake_insta
     with pytest.raises(_steps.BootstrapError, match="not made by this script"):
         _environments.ensure_environment(tmp_path / "venv", ["export"])
     assert (tmp_path / "venv" / "precious").read_text() == "mine"
+
+
+def test_a_wheel_replaces_the_source_tree_without_an_index(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    (_, build), (_, install) = _environments.wheel_commands(python, None, tmp_path)
+    assert build[-1] == _environments.ROOT
+    assert "--no-index" in build
+    assert "-e" not in install
+    assert {"--no-index", "--force-reinstall", tmp_path} <= {*install}
+    (only,) = _environments.wheel_commands(python, tmp_path / "dist", tmp_path)
+    assert tmp_path / "dist" in only[1]  # a wheel that was built elsewhere is not built again
