@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pace"]
 
-_MAX_STRETCH = 2.5  # a step with prefill takes at most this many times as long as one without
+_MAX_STRETCH = 2.0  # a step with prefill takes at most this many times as long as one without
 _FIRST_BUDGET = 16  # tokens, until the times are known
 _MAX_BUDGET = 2048
 _MIN_BUDGET = 8  # a smaller chunk is hardly faster; and of single tokens no prefill time could be learned
