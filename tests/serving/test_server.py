@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import ov_phi3
+from ov_phi3.serving.sessions import Sessions
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="counts threads in /proc")
 KEY = "a-key-for-the-tests"
@@ -100,7 +101,7 @@ def test_fifty_clients_of_whom_a_third_leave(server: Any, loop: ov_phi3.Pipeline
         with ThreadPoolExecutor(clients) as callers:
             answers = [callers.submit(ask, at) for at in range(clients)]
             leavers = [
-                Leaver(server, chat(f"Go {n}", stream=n % 2 == 0, **LONG), reads=n % 4 == 0)
+                Leaver(server, chat(f"Go {n}", stream=n % 2 == 0, **LONG), reads=n in (0, 2, 4))
                 for n in range(clients // 2)
             ]
             for leaver in leavers:
@@ -151,6 +152,17 @@ def test_sigterm_lets_replies_end_or_ends_them(serve: Any, tiny_fp32: Path, drai
         client.leave()
         assert server.wait() == 0, "".join(server.lines)
     assert (b"[DONE]" in content) == (tokens == 30)
+
+
+def test_sessions_are_few_and_small(tiny_batch: ov_phi3.Pipeline) -> None:
+    ids = {name: tiny_batch.encode(f"A conversation about {name}.") for name in ("a", "b", "c")}
+    size = tiny_batch.prefill(ids["a"].tolist()).nbytes
+    for most, most_bytes, kept in ((2, 10 * size, 2), (5, 2 * size, 2), (5, size - 1, 0), (0, size, 0)):
+        sessions = Sessions(tiny_batch, most, most_bytes)
+        for name in ("a", "b", "c", "c"):
+            sessions.keep(name, ids[name].tolist())
+        assert len(sessions) == kept
+        assert sessions.nbytes == kept * size
 
 
 def test_sessions_metrics_and_tokens(server: Any, loop: ov_phi3.Pipeline) -> None:

@@ -16,8 +16,6 @@ from ov_phi3.cli.options import add_generation_options, generation_config
 __all__ = ["add_batch", "add_serve"]
 
 _KEY = "OV_PHI3_API_KEY"
-# Float32 arithmetic and cache: a reply does not depend on what runs beside it.
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
 
 def add_batch(commands: Any) -> None:
@@ -60,6 +58,9 @@ def add_serve(commands: Any) -> None:
     add("--max-tokens", type=int, metavar="N", help="longest reply, in tokens (default: the context window)")
     add("--max-body-mb", type=float, default=4.0, metavar="MB", help="largest request, in MiB (default: %(default)s)")
     add("--max-sessions", type=int, default=16, metavar="N", help="sessions kept in memory (default: %(default)s)")
+    add(
+        "--session-gb", type=float, default=2.0, metavar="GB", help="their size together, in GiB (default: %(default)s)"
+    )
     add("--reply-timeout", type=float, metavar="S", help="longest time of a reply, in seconds (default: any)")
     add("--cors-origin", action="append", default=[], metavar="URL", help="origin whose pages may call; repeatable")
     add(
@@ -74,13 +75,14 @@ def add_serve(commands: Any) -> None:
 
 def _batch(args: argparse.Namespace) -> int:
     from ov_phi3.serving.batch_file import run_batch
+    from ov_phi3.serving.properties import EXACT
 
     config = generation_config(args)
     with args.prompts.open("rb"):  # before the model is loaded
         pass
     if not args.fast:
         given = {pair.partition("=")[0] for pair in args.ov_config}
-        args.ov_config += [f"{key}={value}" for key, value in _EXACT.items() if key not in given]
+        args.ov_config += [f"{key}={value}" for key, value in EXACT.items() if key not in given]
     with terminal.load(args, "infer_request") as pipe, terminal.status_line() as show:
         summary = run_batch(
             pipe,
@@ -116,6 +118,7 @@ def _serve(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             max_body_bytes=int(args.max_body_mb * 2**20),
             max_sessions=args.max_sessions,
+            max_session_bytes=int(args.session_gb * 2**30),
             timeout=args.reply_timeout,
             cors_origins=args.cors_origin,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import time
@@ -21,18 +20,20 @@ from ov_phi3.errors import ConfigError, Error
 from ov_phi3.serving import openai_format, openai_requests
 from ov_phi3.serving.event_stream import ChatEvents, CompletionEvents, EventStream
 from ov_phi3.serving.guard import Guard
+from ov_phi3.serving.json_response import JsonResponse
 from ov_phi3.serving.metrics import CONTENT_TYPE
 from ov_phi3.serving.replies import Busy, ClientGone, Replies, ReplyRunner, until_gone
-from ov_phi3.serving.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from ov_phi3.serving.schema import MOST_SESSION_ID, ChatRequest, CompletionRequest, TokenizeRequest
 from ov_phi3.serving.sessions import Sessions
 
 if TYPE_CHECKING:
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.serving.openai_requests import ReplyRequest
 
-__all__ = ["create_app"]
+__all__ = ["MAX_BODY_BYTES", "create_app"]
 
 _log = logging.getLogger("ov_phi3.serving")
+MAX_BODY_BYTES = 4 * 2**20
 _GONE = 499  # nginx's status for a client that went away; nobody reads it
 
 
@@ -43,8 +44,9 @@ def create_app(
     max_queue: int = 32,
     *,
     max_tokens: int | None = None,
-    max_body_bytes: int = 4 * 2**20,
+    max_body_bytes: int = MAX_BODY_BYTES,
     max_sessions: int = 16,
+    max_session_bytes: int = 2 * 2**30,
     timeout: float | None = None,
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
@@ -60,6 +62,7 @@ def create_app(
         max_tokens: longest reply, in tokens; default: what the context window leaves.
         max_body_bytes: largest body of a request.
         max_sessions: conversations kept in memory for requests with `session_id`.
+        max_session_bytes: size of their copies together; the conversations used least recently go first.
         timeout: longest time of a reply in seconds, the wait included; it then ends with "length".
         cors_origins: origins whose pages may read the answers; none by default.
 
@@ -70,6 +73,7 @@ def create_app(
         ("max_queue", max_queue, 0),
         ("max_tokens", max_tokens, 1),
         ("max_sessions", max_sessions, 0),
+        ("max_session_bytes", max_session_bytes, 0),
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{name}={value!r}; expected a whole number of at least {least}.")
@@ -84,22 +88,13 @@ def create_app(
 
     # The pages of documentation would load their scripts from elsewhere.
     app = FastAPI(title="ov_phi3", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    _Api(pipe, model_name, runner, Sessions(pipe, max_sessions)).add_to(app)
+    _Api(pipe, model_name, runner, Sessions(pipe, max_sessions, max_session_bytes)).add_to(app)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
-
-
-class _Json(Response):
-    """JSON in ASCII: what a client sends as half a character cannot break an answer."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False).encode()
 
 
 class _Api:
@@ -131,15 +126,23 @@ class _Api:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Reply to a conversation."""
-        given = body.model_dump(exclude_unset=True)
+        given = self._given(body, request)
         return await self._answer(request, "chat", body.model, lambda: openai_requests.chat_request(given))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids."""
-        given, tokenizer = body.model_dump(exclude_unset=True), self._pipe.tokenizer
+        given, tokenizer = self._given(body, request), self._pipe.tokenizer
         return await self._answer(
             request, "completions", body.model, lambda: openai_requests.completion_request(given, tokenizer)
         )
+
+    def _given(self, body: ChatRequest | CompletionRequest, request: Request) -> dict[str, Any]:
+        """What a request sets. The session can also be in a header, where load balancers look for it."""
+        given = body.model_dump(exclude_unset=True)
+        session_id = request.headers.get("x-session-id")
+        if session_id and self._sessions.possible:
+            given.setdefault("session_id", session_id[:MOST_SESSION_ID])
+        return given
 
     async def _answer(self, request: Request, endpoint: str, model: str, read: Any) -> Response:
         """The answer to a request for replies, whatever happens."""
@@ -149,7 +152,7 @@ class _Api:
 
     async def _answer_or_error(self, request: Request, endpoint: str, model: str, read: Any) -> Response:
         if model != self._name:
-            return _Json(*_unknown_model(model, self._name))
+            return JsonResponse(*_unknown_model(model, self._name))
         replies: Replies | None = None
         try:
             wanted = await self._runner.in_thread(read)
@@ -164,17 +167,19 @@ class _Api:
             choices = self._choices(endpoint, wanted, results)
             await self._keep_session(replies)
             name = "chat.completion" if endpoint == "chat" else "text_completion"
-            return _Json({**head, "object": name, "choices": choices, "usage": openai_format.usage(results, wanted.n)})
+            return JsonResponse(
+                {**head, "object": name, "choices": choices, "usage": openai_format.usage(results, wanted.n)}
+            )
         except Busy as exc:
             body = openai_format.error_body(str(exc), "rate_limit_error", code="queue_full")
-            return _Json(body, 429, {"retry-after": str(exc.retry_after)})
+            return JsonResponse(body, 429, {"retry-after": str(exc.retry_after)})
         except ClientGone:
             return Response(status_code=_GONE)
         except (Error, TypeError) as exc:
             status, body = openai_format.error_of(exc)
             if status == 500:
                 _log.exception("a reply failed")
-            return _Json(body, status)
+            return JsonResponse(body, status)
         finally:
             if replies is not None and not replies.request.stream:
                 await replies.close()
@@ -214,7 +219,7 @@ class _Api:
         """The token ids of a text, or of messages with the chat template."""
         if (body.prompt is None) == (body.messages is None):
             error = openai_format.error_body("give either prompt or messages.", "invalid_request_error", param="prompt")
-            return _Json(error, 400)
+            return JsonResponse(error, 400)
         tokenizer = self._pipe.tokenizer
 
         def encode() -> list[int]:
@@ -227,16 +232,16 @@ class _Api:
             tokens = await self._runner.in_thread(encode)
         except (Error, TypeError) as exc:
             status, content = openai_format.error_of(exc)
-            return _Json(content, status)
-        return _Json({"tokens": tokens, "count": len(tokens), "max_model_len": self._pipe.context_length})
+            return JsonResponse(content, status)
+        return JsonResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._pipe.context_length})
 
     async def models(self) -> Response:
         """The models: one."""
-        return _Json({"object": "list", "data": [self._model()]})
+        return JsonResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, model: str) -> Response:
         """One model."""
-        return _Json(self._model()) if model == self._name else _Json(*_unknown_model(model, self._name))
+        return JsonResponse(self._model()) if model == self._name else JsonResponse(*_unknown_model(model, self._name))
 
     def _model(self) -> dict[str, Any]:
         window = self._pipe.context_length
@@ -246,13 +251,13 @@ class _Api:
     async def health(self) -> Response:
         """Whether the process answers, and the model is loaded."""
         closed = self._pipe.engine.closed
-        return _Json({"status": "closed" if closed else "ok"}, 503 if closed else 200)
+        return JsonResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
     async def ready(self) -> Response:
         """Whether a reply would be taken now."""
         ready = not self._pipe.engine.closed and not self._runner.full
         counts = {"running": self._runner.running, "waiting": self._runner.waiting}
-        return _Json({"status": "ready" if ready else "full", **counts}, 200 if ready else 503)
+        return JsonResponse({"status": "ready" if ready else "full", **counts}, 200 if ready else 503)
 
     async def metrics(self) -> Response:
         """Counters in Prometheus' text format."""
@@ -271,15 +276,15 @@ async def _invalid(_: Request, exc: Exception) -> Response:
     first = exc.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     error = openai_format.error_body(f"{place}: {first['msg']}", "invalid_request_error", param=place or None)
-    return _Json(error, 400)
+    return JsonResponse(error, 400)
 
 
 async def _http_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     headers = dict(exc.headers or {})
-    return _Json(openai_format.error_body(str(exc.detail), "invalid_request_error"), exc.status_code, headers)
+    return JsonResponse(openai_format.error_body(str(exc.detail), "invalid_request_error"), exc.status_code, headers)
 
 
 async def _failed(_: Request, exc: Exception) -> Response:
     status, body = openai_format.error_of(exc)
-    return _Json(body, status)
+    return JsonResponse(body, status)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 
 from ov_phi3.serving import openai_format
+from ov_phi3.serving.json_response import JsonResponse
 from ov_phi3.serving.replies import ClientGone, Replies, until_gone
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ class ChatEvents:
     async def __call__(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the events."""
         request = self._replies.request
-        for at in range(request.count):
-            yield self._event(at, {"role": "assistant", "content": ""})
         calls = [0] * request.count
+        begun: set[int] = set()
         async for at, chunk in self._replies.chunks():
+            if at not in begun:
+                begun.add(at)
+                yield self._event(at, {"role": "assistant", "content": ""})
             logprobs = None
             if chunk.logprobs:
                 logprobs = openai_format.chat_logprobs(chunk.logprobs, self._tokenizer, self._end_ids)
@@ -132,21 +135,29 @@ class EventStream(Response):
         self._events = events
         self._on_done = on_done
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         try:
-            await until_gone(receive, self._send_all(send))
+            await until_gone(receive, self._send_all(scope, receive, send))
         except (ClientGone, OSError):
             pass
         finally:
             await self._replies.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self._events()
+        try:
+            event = await anext(events, None)
+        except Exception as exc:  # noqa: BLE001 - nothing has been sent: the error has its status
+            status, body = openai_format.error_of(exc)
+            await JsonResponse(body, status)(scope, receive, send)
+            return
         headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            async for event in self._events():
+            while event is not None:
                 await _send(send, json.dumps(event))
+                event = await anext(events, None)
         except Exception as exc:  # noqa: BLE001 - the status has been sent: the client gets an event with the error
             await _send(send, json.dumps(openai_format.error_of(exc)[1]))
         else:

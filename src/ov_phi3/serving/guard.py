@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hmac
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+from ov_phi3.serving.json_response import JsonResponse
 from ov_phi3.serving.openai_format import error_body
 
 __all__ = ["ASGIApp", "Guard", "Message", "Receive", "Scope", "Send"]
@@ -45,12 +45,13 @@ class Guard:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
-                await _refuse(send, 401, message, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
+                refusal = _error(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
+                await refusal(scope, receive, send)
                 return
         body = await self._body(headers, receive)
         if body is None:
             message = f"the body is larger than {self._max} bytes; send a smaller one."
-            await _refuse(send, 413, message, "body_too_large", [(b"connection", b"close")])
+            await _error(413, message, "body_too_large", {"connection": "close"})(scope, receive, send)
             return
         replayed = False
 
@@ -82,8 +83,5 @@ class Guard:
         return b"".join(parts)
 
 
-async def _refuse(send: Send, status: int, message: str, code: str, headers: list[tuple[bytes, bytes]]) -> None:
-    body = json.dumps(error_body(message, "invalid_request_error", code=code)).encode()
-    lines = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": lines})
-    await send({"type": "http.response.body", "body": body})
+def _error(status: int, message: str, code: str, headers: dict[str, str]) -> JsonResponse:
+    return JsonResponse(error_body(message, "invalid_request_error", code=code), status, headers)

@@ -9,7 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ChatRequest", "CompletionRequest", "StreamOptions", "TokenizeRequest"]
+__all__ = ["MOST_SESSION_ID", "ChatRequest", "CompletionRequest", "StreamOptions", "TokenizeRequest"]
+
+MOST_SESSION_ID = 256
+"""Longest `session_id`, in characters."""
 
 
 class StreamOptions(BaseModel):
@@ -35,7 +38,10 @@ class _Request(BaseModel):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, description="token id -> number added to its logit")
     session_id: str | None = Field(
-        None, min_length=1, max_length=256, description="keep the keys and values of this conversation in the cache"
+        None,
+        min_length=1,
+        max_length=MOST_SESSION_ID,
+        description="keep the keys and values of this conversation in the cache",
     )
 
 
