@@ -108,7 +108,7 @@ def test_a_chat_is_saved_and_loaded(
     err = capsys.readouterr().err
     assert "from the cache)" in err  # the first turn reuses the prefix
     assert f"Saved to {saved}" in err
-    assert "/save FILE: name the file" in err
+    assert "name the file: /save FILE" in err
     assert "SnapshotError" in err
     monkeypatch.setattr("sys.stdin", io.StringIO("Who am I?\n"))
     assert main([*command, "--load", str(saved)]) == 0

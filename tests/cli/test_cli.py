@@ -1,16 +1,12 @@
-"""The command line, called in this process, as a program, and in a pseudo-terminal."""
+"""The command line, called in this process and as a program."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,127 +131,6 @@ def test_bench_prints_a_report_or_json(demo_int4: Path, device: str, capsys: Cap
     assert "TTFT" in capsys.readouterr().out
     assert main(["bench", str(demo_int4), *arguments, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["measurements"]) == 2
-
-
-class Terminal:
-    """A program in a pseudo-terminal."""
-
-    def __init__(self, argv: list[str]) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "ov_phi3", *argv])
-        self.seen = ""
-        self.ended = False
-
-    def until(self, text: str, timeout: float = 60, *, again: str = "") -> None:
-        """Read until the text appears; type `again` after every second without new output."""
-        end = time.monotonic() + timeout
-        while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not appear; seen: {self.seen!r}"
-            before = len(self.seen)
-            assert self._read(), f"it ended without {text!r}; seen: {self.seen!r}"
-            if again and len(self.seen) == before:
-                self.type(again)
-        self.seen = self.seen[self.seen.index(text) + len(text) :]
-
-    def _read(self) -> bool:
-        """Read new output, waiting a second for it; False once the program has closed its end."""
-        if not select.select([self.fd], [], [], 1)[0]:
-            return True
-        try:
-            new = os.read(self.fd, 4096)
-        except OSError:
-            return False
-        self.seen += new.decode("utf-8", "replace")
-        return bool(new)
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def exit_code(self, timeout: float = 60) -> int:
-        end = time.monotonic() + timeout
-        while self._read():
-            assert time.monotonic() < end, f"it did not end; seen: {self.seen!r}"
-        self.ended = True
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def close(self) -> None:
-        if not self.ended:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.fd)
-
-
-@pytest.fixture
-def chat(demo_int4: Path, device: str) -> Iterator[Terminal]:
-    terminal = Terminal(["chat", str(demo_int4), "--device", device, "--ignore-eos"])
-    yield terminal
-    terminal.close()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_a_long_chat_drops_turns_and_obeys_its_commands(demo_int4: Path, device: str) -> None:
-    options = ["--device", device, "--context-length", "300", "--max-new-tokens", "20", "--prefill-chunk", "64"]
-    chat = Terminal(["chat", str(demo_int4), *options])
-    try:
-        chat.until("> ")
-        chat.type("What is the capital of France?\n")
-        chat.until("Paris")
-        chat.until("> ")
-        chat.type("/kv\n")
-        chat.until("tokens cached (")
-        chat.until("of 300 free")
-        chat.type("/rewind 5\n")
-        chat.until("expected 0 to 1")
-        chat.type("/rewind x\n")
-        chat.until("/rewind x: expected a number of turns.")
-        chat.type("Repeat: " + "bread " * 255 + "\n")
-        chat.until("the oldest turn was dropped, to make room]")
-        chat.until("> ")
-        chat.type("/rewind\n")
-        chat.until("Back to the beginning.")
-        chat.type("And of Italy?\n")
-        chat.until("> ")
-        chat.type("/rewind 0\n")
-        chat.until("Back to after: And of Italy?")
-        chat.type("word " * 400 + "\n")
-        chat.until("ContextOverflowError:")
-        chat.type("/quit\n")
-        assert chat.exit_code() == 0
-    finally:
-        chat.close()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_a_long_prompt_shows_a_progress_bar(demo_int4: Path, device: str) -> None:
-    options = ["--device", device, "--max-new-tokens", "4", "--prefill-chunk", "128"]
-    terminal = Terminal(["generate", str(demo_int4), "bread " * 500, *options])
-    try:
-        terminal.until("Reading the prompt [---")
-        terminal.until("] 128 of 5")
-        terminal.until("] 256 of 5")
-        terminal.until("prompt tokens, 4 new")
-        assert terminal.exit_code() == 0
-    finally:
-        terminal.close()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
-def test_ctrl_c_stops_the_reply_but_not_the_chat(chat: Terminal) -> None:
-    chat.until("> ")
-    chat.type("What is the capital of France?\n")
-    chat.until("Paris")
-    chat.type("\x03")
-    chat.until("; stopped]")
-    chat.until("> ")
-    chat.type("/help\n")
-    chat.until("/reset")
-    chat.until("> ")
-    chat.type("\x03")
-    chat.until("leaves", again="\x03")  # input() misses a signal between its prompt and its wait
-    chat.until("> ")
-    chat.type("\x04")
-    assert chat.exit_code() == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.bench.table import table
 from ov_phi3.cli import preflight, terminal
 from ov_phi3.cli.options import add_generation_options, generation_config
-from ov_phi3.cli.replies import describe, show
+from ov_phi3.cli.replies import describe, print_logprobs, show
 from ov_phi3.cli.texts import STDIN, StandardInput, checked_argument, read_text
 from ov_phi3.errors import ConfigError
 
 if TYPE_CHECKING:
     from ov_phi3.generation.config import GenerationConfig
-    from ov_phi3.generation.results import GenerationResult, TokenLogprob
+    from ov_phi3.generation.results import GenerationResult
     from ov_phi3.pipeline import Pipeline
 
 __all__ = ["add_generate"]
@@ -85,7 +83,7 @@ def _reply(args: argparse.Namespace, pipe: Pipeline, prompt: Any, config: Genera
         bar = terminal.PrefillBar()
         result, interrupted = show(pipe.stream(prompt, config, on_prefill=bar, **how), bar)
     if result.logprobs:
-        _print_logprobs(result.logprobs)
+        print_logprobs(result.logprobs)
     terminal.note(describe(result))
     return 130 if interrupted else 0
 
@@ -145,18 +143,3 @@ def _print_alternatives(result: GenerationResult) -> None:
         ending = "" if reply.finish_reason == "stop" else f", {reply.finish_reason}"
         print(f"--- reply {number} of {len(result.alternatives)}, score {reply.score:.3f}{ending} ---")
         print(reply.text)
-
-
-def _print_logprobs(logprobs: list[TokenLogprob]) -> None:
-    """Print a table: each token, its probability, and the most likely tokens at its position."""
-    rows = [("token", "logprob", "probability", "most likely")]
-    for entry in logprobs:
-        likely = "  ".join(f"{_shown(top)} {math.exp(top.logprob):.1%}" for top in entry.candidates)
-        rows.append((_shown(entry), f"{entry.logprob:.3f}", f"{math.exp(entry.logprob):.1%}", likely))
-    print()
-    print(table(rows))
-
-
-def _shown(entry: TokenLogprob) -> str:
-    """A token as it can be told from others: quoted, with line ends and spaces visible."""
-    return json.dumps(entry.text, ensure_ascii=False)

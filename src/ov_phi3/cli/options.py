@@ -13,7 +13,7 @@ from ov_phi3.errors import ConfigError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.validation import BOOLEANS, CHOICES, INTEGERS, NUMBERS
 
-__all__ = ["OPTION_FLAGS", "add_generation_options", "generation_config"]
+__all__ = ["OPTION_FLAGS", "add_generation_options", "generation_config", "help_texts", "read_value"]
 
 _NOT_ON_A_COMMAND_LINE = ("logits_processors",)  # functions
 OPTION_FLAGS = {
@@ -82,13 +82,20 @@ def generation_config(args: argparse.Namespace) -> GenerationConfig:
     Raises:
         ConfigError: an option out of range, options that contradict each other, or a file that cannot be read.
     """
-    options = {name: getattr(args, name, None) for name in OPTION_FLAGS}
-    if args.logit_bias is not None:
-        options["logit_bias"] = dict(_bias(pair) for pair in args.logit_bias)
-    for name in ("json_schema", "grammar"):
-        if (value := options[name]) is not None:
-            options[name] = at_file(value)
-    return GenerationConfig(**options)
+    return GenerationConfig(**{name: read_value(name, getattr(args, name, None)) for name in OPTION_FLAGS})
+
+
+def read_value(name: str, value: Any) -> Any:
+    """The value of an option as the parser of the command line gives it, in the form that `GenerationConfig` takes.
+
+    Raises:
+        ConfigError: not a bias of a token id, or a file that cannot be read.
+    """
+    if value is None:
+        return None
+    if name == "logit_bias":
+        return dict(_bias(pair) for pair in value)
+    return at_file(value) if name in ("json_schema", "grammar") else value
 
 
 def _bias(pair: str) -> tuple[int, float]:
@@ -96,4 +103,4 @@ def _bias(pair: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError as exc:
-        raise ConfigError(f"--logit-bias {pair!r}; expected ID=BIAS, a token id and a number.") from exc
+        raise ConfigError(f"logit_bias {pair!r}; expected ID=BIAS, a token id and a number.") from exc

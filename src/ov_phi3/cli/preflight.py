@@ -16,7 +16,7 @@ from ov_phi3.generation.contradictions import check_resolved
 from ov_phi3.kv import snapshot
 from ov_phi3.model.info import ModelInfo
 
-__all__ = ["check_files", "check_reply", "check_timeout", "contradict", "unused_seed"]
+__all__ = ["check_files", "check_fits", "check_reply", "check_streams", "check_timeout", "contradict", "unused_seed"]
 
 _SAVED_AS = {"prefix": "--prefix takes it", "chat": "`ov-phi3 chat --load` takes it"}
 
@@ -36,12 +36,9 @@ def check_reply(args: argparse.Namespace, config: GenerationConfig, saved: Seque
     info = ModelInfo.from_dir(args.model)
     window = args.context_length or info.context_length
     properties = terminal.properties(args.ov_config)
-    for name in ("max_new_tokens", "min_new_tokens", "max_length"):
-        if (value := getattr(config, name) or 0) > window - (name != "max_length"):
-            raise ConfigError(f"{name}={value} does not fit the context window of {window} tokens, prompt included.")
+    check_fits(config, window, info.vocab_size)
     resolved = config.resolve(room=window)
     check_resolved(resolved)
-    check_ids(resolved, info.vocab_size)
     possible = backends_with("saves_kv") if any(path is not None for path in saved) else list(BACKENDS)
     if args.backend is not None and args.backend not in possible:
         raise ConfigError(f"backend={args.backend!r} cannot continue from a saved KV cache; use {possible[0]}.")
@@ -51,6 +48,31 @@ def check_reply(args: argparse.Namespace, config: GenerationConfig, saved: Seque
             return str(backend)
         problems.append(problem)
     raise ConfigError(problems[0])
+
+
+def check_fits(config: GenerationConfig, window: int, vocab_size: int) -> None:
+    """Check lengths and token ids.
+
+    Raises:
+        ConfigError: a length beyond the context window, or an id beyond the vocabulary.
+    """
+    for name in ("max_new_tokens", "min_new_tokens", "max_length"):
+        if (value := getattr(config, name) or 0) > window - (name != "max_length"):
+            raise ConfigError(f"{name}={value} does not fit the context window of {window} tokens, prompt included.")
+    check_ids(config, vocab_size)
+
+
+def check_streams(config: GenerationConfig) -> None:
+    """Refuse several replies at once, which cannot be streamed.
+
+    Raises:
+        ConfigError: beams or several samples.
+    """
+    if config.is_multi_sequence:
+        several = "num_beams" if (config.num_beams or 1) > 1 else "num_return_sequences"
+        raise ConfigError(
+            f"{config.show(several)} does not work in a chat, whose replies stream; use `ov-phi3 generate`."
+        )
 
 
 def check_files(prefix: Path | None, chat: Path | None = None) -> None:

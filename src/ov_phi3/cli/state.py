@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ov_phi3.files import expanded
 
-__all__ = ["VARIABLE", "state_dir", "state_file"]
+__all__ = ["VARIABLE", "history_file", "state_dir", "state_file"]
 
 VARIABLE = "OV_PHI3_STATE"
 
@@ -39,3 +39,14 @@ def state_file(name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return folder / name
+
+
+def history_file() -> Path | None:
+    """The file with the history, which only its user can read; None if there cannot be one."""
+    file = state_file("chat_history")
+    if file is not None:
+        try:
+            file.touch(mode=0o600)
+        except OSError:
+            return None
+    return file

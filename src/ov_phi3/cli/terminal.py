@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +17,7 @@ from ov_phi3.cli.model_list import remember
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ov_phi3.backends.protocol import BackendName
     from ov_phi3.exporting.child import ProgressLine
@@ -25,6 +27,7 @@ __all__ = [
     "PrefillBar",
     "add_load_arguments",
     "dim",
+    "is_dumb",
     "is_live",
     "load",
     "note",
@@ -32,13 +35,30 @@ __all__ = [
     "properties",
     "set_quiet",
     "status_line",
+    "without_controls",
+    "wrapped_note",
+    "wrapped_notes",
 ]
 
 
 def dim(text: str) -> str:
     """The text, dimmed if stderr is a terminal and colour is not disabled (https://no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    plain = os.environ.get("NO_COLOR") or is_dumb() or not sys.stderr.isatty()
     return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+# Everything that would move the cursor or change the terminal, except for line ends and tabs.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def without_controls(text: str) -> str:
+    """A text that cannot move the cursor or change the terminal."""
+    return _CONTROLS.sub("", text)
+
+
+def is_dumb() -> bool:
+    """Whether the terminal says that it can move no cursor and show no colours."""
+    return os.environ.get("TERM") == "dumb"
 
 
 _quiet = False
@@ -54,6 +74,31 @@ def note(text: str, *, end: str = "\n") -> None:
     """Print a line for a person to stderr, unless they want none."""
     if not _quiet:
         print(dim(text), end=end, file=sys.stderr, flush=True)
+
+
+def wrapped_note(text: str, *, indent: str = "") -> None:
+    """Print a text for a person to stderr; on a terminal, its lines end between words.
+
+    Args:
+        text: one line or several.
+        indent: what begins the second line, and those after it, that a line is broken into.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        note(text)
+        return
+    width = shutil.get_terminal_size().columns
+    for line in text.split("\n"):
+        note(textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False) if line else "")
+
+
+def wrapped_notes(entries: Mapping[str, str]) -> None:
+    """Print names and their meanings in two columns, or below each other on a narrow terminal."""
+    width = max(map(len, entries)) + 2
+    narrow = shutil.get_terminal_size().columns < 3 * width
+    for name, meaning in entries.items():
+        if narrow:
+            note(name)
+        wrapped_note(f"  {meaning}" if narrow else f"{name:{width}}{meaning}", indent="  " if narrow else " " * width)
 
 
 def is_live() -> bool:
@@ -184,8 +229,8 @@ def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
             prefill_chunk=args.prefill_chunk,
             concurrency=getattr(args, "concurrency", 1),
         )
-    note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
+    wrapped_note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     remember(pipe.info)
     for warning in caught:
-        note(f"warning: {warning.message}")
+        wrapped_note(f"warning: {warning.message}")
     return pipe
