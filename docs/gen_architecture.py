@@ -7,6 +7,7 @@ picture and the code differ.
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("architecture.md")
@@ -57,67 +58,77 @@ def with_tables(text: str) -> str:
 
 # -- the picture -------------------------------------------------------------------------------------------------------
 
+# Narrow, so that the text is legible where a phone scales the picture to its width; on a sheet of its own, because the
+# site's colours can be changed by hand, which a picture does not see.
 STYLE = """
+  .sheet { fill: #ffffff; stroke: #d1d5db; }
   .box { fill: #f3f4f6; stroke: #6b7280; stroke-width: 1.5; }
   .main { fill: #dbeafe; stroke: #2563eb; stroke-width: 1.5; }
   .ours { fill: #dcfce7; stroke: #16a34a; stroke-width: 1.5; }
-  text { font: 15px system-ui, sans-serif; fill: #111827; }
+  text { font: 14px system-ui, sans-serif; fill: #111827; }
   .small { font-size: 12.5px; fill: #374151; }
   .head { font-weight: 600; }
   .arrow { stroke: #2563eb; stroke-width: 2; fill: none; }
   .back { stroke: #16a34a; stroke-width: 2; fill: none; }
   .down { fill: #2563eb; } .up { fill: #16a34a; }
   @media (prefers-color-scheme: dark) {
+    .sheet { fill: #1b1d24; stroke: #4b5563; }
     .box { fill: #1f2937; stroke: #9ca3af; } .main { fill: #1e3a8a; stroke: #93c5fd; }
     .ours { fill: #14532d; stroke: #86efac; } text { fill: #f9fafb; } .small { fill: #d1d5db; }
     .arrow { stroke: #93c5fd; } .back { stroke: #86efac; } .down { fill: #93c5fd; } .up { fill: #86efac; }
   }
 """
-WIDTH, STEP, BOX = 720, 92, 62
+WIDTH, MARGIN, STEP = 400, 14, 104
+COLUMN, BACKEND = 300, 177
+"""Width of the boxes on the way down, and of the two backends."""
 STAGES = (
-    ("prompt: text, messages, ids", "pipeline.py, chat.py, prefix.py: the facade", "box"),
-    ("segments → token ids", "text/: chat template, tokenizer (text stays data)", "box"),
-    ("Submission", "engine/engine.py: limits, request queue, worker", "main"),
-    ("Request", "engine/runner.py: prefill chunks, LongRoPE (for GenAI)", "main"),
-    ("backends/llm_pipeline.py", "openvino_genai.LLMPipeline", "box"),
-    ("backends/paged/", "block manager, scheduler, model runner, sampler", "ours"),
+    ("box", "prompt: text, messages, ids", "pipeline.py, chat.py, prefix.py:", "the facade"),
+    ("box", "segments → token ids", "text/: chat template, tokenizer", "(text stays data)"),
+    ("main", "Submission", "engine/engine.py: limits,", "request queue, worker"),
+    ("main", "Request", "engine/runner.py: prefill in chunks,", "LongRoPE (for GenAI)"),
 )
-BACK = (
-    ("chunks, result", "head"),
-    ("engine/channel.py,", "small"),
-    ("engine/stream.py", "small"),
-    ("token ids", "head"),
-    ("engine/worker.py,", "small"),
-    ("text/stream_decoder.py,", "small"),
-    ("text/stop_strings.py", "small"),
+BACKENDS = (
+    ("box", "llm_pipeline.py", "openvino_genai's", "LLMPipeline"),
+    ("ours", "paged/", "block manager, sched-", "uler, runner, sampler"),
 )
+BACK = "token ids → chunks, result"
+BACK_MODULES = ("worker, stream_decoder,", "stop_strings, channel, stream")
 
 
 def draw() -> str:
     """The picture: the path of a prompt down to the backends, and of the tokens back."""
-    bottom = 20 + 4 * STEP
+    bottom = MARGIN + len(STAGES) * STEP
+    height = bottom + _height(3) + MARGIN
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + BOX + 20}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+        'role="img">',
         "<title>The path of a prompt: from the facade through text and engine to a backend, and back</title>",
         f"<style>{STYLE}</style>",
         f"<defs>{_marker('d', 'down')}{_marker('u', 'up')}</defs>",
+        f'<rect class="sheet" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
     ]
-    for row, (head, detail, kind) in enumerate(STAGES[:4]):
-        top = 20 + row * STEP
-        parts.append(_box(20, top, 420, head, detail, kind))
-        parts.append(f'<path class="arrow" marker-end="url(#d)" d="M185,{top + BOX} L185,{top + STEP - 2}"/>')
-    for index, (head, detail, kind) in enumerate(STAGES[4:]):
-        parts.append(_box(20 + index * 350, bottom, 330, head, detail, kind))
+    for row, (kind, *lines) in enumerate(STAGES):
+        top = MARGIN + row * STEP
+        parts.append(_box(MARGIN, top, COLUMN, kind, lines))
+        parts.append(f'<path class="arrow" marker-end="url(#d)" d="M102,{top + _height(3)} L102,{top + STEP - 2}"/>')
+    for index, (kind, *lines) in enumerate(BACKENDS):
+        parts.append(_box(MARGIN + index * (BACKEND + 18), bottom, BACKEND, kind, lines))
     # Our own engine schedules by itself: its requests pass the runner unchanged.
-    side = bottom - STEP + BOX // 2
-    parts.append(f'<path class="arrow" marker-end="url(#d)" d="M440,{side} L480,{side} L480,{bottom - 2}"/>')
-    parts.append(f'<path class="back" marker-end="url(#u)" d="M670,{bottom} L670,56"/>')
-    for line, (text, style) in enumerate(BACK):
-        top = bottom - 60 - 24 * (len(BACK) - line)
-        parts.append(f'<text x="658" y="{top}" text-anchor="end" class="{style}">{text}</text>')
-    parts.append('<text x="670" y="44" text-anchor="middle" class="head">reader</text>')
+    parts.append(f'<path class="arrow" marker-end="url(#d)" d="M260,{bottom - STEP + _height(3)} L260,{bottom - 2}"/>')
+    parts.append(f'<path class="back" marker-end="url(#u)" d="M374,{bottom} L374,{MARGIN + 2}"/>')
+    middle = (MARGIN + bottom) // 2
+    for x, line, style in ((334, BACK, "head"), (350, BACK_MODULES[0], "small"), (366, BACK_MODULES[1], "small")):
+        parts.append(
+            f'<text x="{x}" y="{middle}" text-anchor="middle" class="{style}" transform="rotate(-90 {x} {middle})">'
+            f"{line}</text>"
+        )
     parts.append("</svg>\n")
     return "\n".join(parts)
+
+
+def _height(lines: int) -> int:
+    """Height of a box that holds so many lines."""
+    return 14 + 21 * lines
 
 
 def _marker(name: str, style: str) -> str:
@@ -127,13 +138,13 @@ def _marker(name: str, style: str) -> str:
     )
 
 
-def _box(left: int, top: int, width: int, head: str, detail: str, kind: str) -> str:
+def _box(left: int, top: int, width: int, kind: str, lines: Sequence[str]) -> str:
     middle = left + width // 2
-    return (
-        f'<rect class="{kind}" x="{left}" y="{top}" width="{width}" height="{BOX}" rx="8"/>'
-        f'<text x="{middle}" y="{top + 26}" text-anchor="middle" class="head">{head}</text>'
-        f'<text x="{middle}" y="{top + 47}" text-anchor="middle" class="small">{detail}</text>'
-    )
+    out = [f'<rect class="{kind}" x="{left}" y="{top}" width="{width}" height="{_height(len(lines))}" rx="8"/>']
+    for index, line in enumerate(lines):
+        style = "small" if index else "head"
+        out.append(f'<text x="{middle}" y="{top + 24 + 21 * index}" text-anchor="middle" class="{style}">{line}</text>')
+    return "".join(out)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,24 @@ BLOCK = 32
 SYSTEM, MESSAGE, REPLY = 38, 24, 42
 BOUNDARY = 288
 
-LEFT, TOP, ROW, BAR, SCALE = 165, 66, 42, 22, 1.2
-RIGHT = 200  # width of the column with the costs
-REUSED, PREFILLED, GENERATED, INK, FAINT = "#2e9e6b", "#e08a1e", "#3b7dd8", "#6b7280", "#9ca3af"
+# Narrow, so that the text is legible where a phone scales the picture to its width.
+WIDTH, MARGIN, TOP, ROW, BAR = 400, 14, 78, 50, 18
+# A sheet of its own behind everything: the site's colours can be changed by hand, which a picture does not see.
+STYLE = """
+  .sheet { fill: #ffffff; stroke: #d1d5db; }
+  text { font: 14px system-ui, sans-serif; fill: #1f2937; }
+  .label { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; }
+  .tick { font-size: 12px; fill: #4b5563; }
+  .grid { stroke: #9ca3af; stroke-opacity: 0.45; }
+  .boundary { stroke: #1f2937; stroke-width: 1.5; stroke-dasharray: 5 4; }
+  .reused { fill: #2e9e6b; } .prefilled { fill: #e08a1e; } .generated { fill: #3b7dd8; }
+  @media (prefers-color-scheme: dark) {
+    .sheet { fill: #1b1d24; stroke: #4b5563; }
+    text { fill: #f3f4f6; } .label { stroke: #1b1d24; }
+    .tick { fill: #c3c8d1; } .grid { stroke-opacity: 0.4; } .boundary { stroke: #f3f4f6; }
+    .reused { fill: #3fbf85; } .prefilled { fill: #f2a03d; } .generated { fill: #6aa5f5; }
+  }
+"""
 
 
 @dataclass(frozen=True)
@@ -101,62 +116,63 @@ def steps() -> list[Step]:
     return done
 
 
-def bar(x: float, y: float, tokens: float, colour: str) -> str:
-    """A range of tokens."""
-    return f'<rect x="{x:.1f}" y="{y}" width="{tokens * SCALE:.1f}" height="{BAR}" fill="{colour}"/>'
+def bar(x: float, y: float, width: float, kind: str, *, height: int = BAR) -> str:
+    """A range of tokens, or a square of the legend."""
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}"/>'
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 15, fill: str = INK) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "label") -> str:
     """A line of text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
 
 
-def line(x: float, bottom: float, stroke: str) -> str:
+def line(x: float, bottom: float, kind: str) -> str:
     """A vertical line from above the bars down to `bottom`."""
-    return f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{bottom}" {stroke}/>'
+    return f'<line class="{kind}" x1="{x:.1f}" y1="{TOP - 18}" x2="{x:.1f}" y2="{bottom}"/>'
 
 
 def draw(done: list[Step]) -> str:
     """The picture as SVG."""
     longest = max(step.total for step in done)
-    width, height = LEFT + longest * SCALE + RIGHT, TOP + ROW * len(done) + 36
+    scale = (WIDTH - 2 * MARGIN) / longest
+    bottom = TOP + ROW * len(done)
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        'font-family="system-ui, sans-serif" '
-        'aria-label="The tokens of each chat turn: reused from the KV cache, prefilled, generated">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 34}" '
+        f'viewBox="0 0 {WIDTH} {bottom + 34}" role="img">',
+        "<title>The tokens of each chat turn: reused from the KV cache, prefilled, generated</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="sheet" x="0.5" y="0.5" width="{WIDTH - 1}" height="{bottom + 33}" rx="8"/>',
     ]
-    x: float = LEFT
-    for colour, words in (
-        (REUSED, "reused from the cache"),
-        (PREFILLED, "prefilled"),
-        (GENERATED, "generated"),
+    for x, kind, words in (
+        (MARGIN, "reused", "reused from the cache"),
+        (206, "prefilled", "prefilled"),
+        (300, "generated", "generated"),
     ):
-        out += [f'<rect x="{x}" y="14" width="14" height="14" fill="{colour}"/>', text(x + 20, 26, words)]
-        x += 205 if colour == REUSED else 125
-    for block in range(0, longest + BLOCK, BLOCK):
-        left = LEFT + block * SCALE
-        out.append(line(left, TOP + ROW * len(done) - 12, f'stroke="{FAINT}" stroke-opacity="0.35"'))
+        out += [bar(x, 16, 14, kind, height=14), text(x + 20, 28, words)]
+    for block in range(0, longest + 1, BLOCK):
+        x = MARGIN + block * scale
+        out.append(line(x, bottom, "grid"))
         if block % (2 * BLOCK) == 0:
-            out.append(text(left, TOP - 12, str(block), anchor="middle", size=13, fill=FAINT))
-    boundary, bottom = LEFT + BOUNDARY * SCALE, TOP + ROW * len(done) - 4
+            words, anchor = (str(block), "middle") if block else ("0 tokens", "start")
+            out.append(text(x, TOP - 24, words, anchor=anchor, kind="tick"))
+    boundary = MARGIN + BOUNDARY * scale
     out += [
-        line(boundary, bottom, f'stroke="{INK}" stroke-dasharray="5 4"'),
-        text(boundary, bottom + 16, "LongRoPE boundary of this example", anchor="middle", size=14),
+        line(boundary, bottom + 6, "boundary"),
+        text(boundary + 40, bottom + 22, "LongRoPE boundary of this example", anchor="end", kind="tick"),
     ]
     for row, step in enumerate(done):
         y = TOP + ROW * row
-        out += [
-            text(LEFT - 12, y + 16, step.name, anchor="end"),
-            bar(LEFT, y, step.reused, REUSED),
-            bar(LEFT + step.reused * SCALE, y, step.prompt - step.reused, PREFILLED),
-            bar(LEFT + step.prompt * SCALE, y, step.total - step.prompt, GENERATED),
-        ]
         cost = f"{step.prompt - step.reused} prefilled"
         if step.recomputed:
-            again = bar(LEFT + (BOUNDARY + 1 - step.recomputed) * SCALE, y + BAR + 2, step.recomputed, PREFILLED)
-            out.append(again.replace(f'height="{BAR}"', 'height="6"'))
+            again = MARGIN + (BOUNDARY + 1 - step.recomputed) * scale
+            out.append(bar(again, y + 8 + BAR + 3, step.recomputed * scale, "prefilled", height=6))
             cost += f", {step.recomputed} again"
-        out.append(text(LEFT + longest * SCALE + 30, y + 16, cost, size=14))
+        ends = [0, step.reused, step.prompt, step.total]
+        out += [
+            bar(MARGIN + begin * scale, y + 8, (end - begin) * scale, kind)
+            for begin, end, kind in zip(ends, ends[1:], ("reused", "prefilled", "generated"), strict=False)
+        ]
+        out.append(text(MARGIN, y + 2, f"{step.name}: {cost}"))
     return "\n".join([*out, "</svg>", ""])
 
 

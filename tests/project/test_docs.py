@@ -291,3 +291,17 @@ def test_bytes_per_token(row: str, layers: int, heads: int, head_dim: int) -> No
     shown = [cell.strip() for cell in line.strip("|").split("|")][1:]
     tokens = [KVLayout(32, *pair).bytes_per_token(info) for pair in (("f16", "f16"), ("u8", "u8"), ("u8", "u4"))]
     assert shown == [*(f"{size:,.0f}" for size in tokens), f"{round(tokens[1] * 4096 / 2**20)} MiB"]
+
+
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+def test_pictures_are_legible_on_a_phone_and_in_the_dark(picture: Path) -> None:
+    """Text has 12 px on a screen of 400 px; both colour schemes have a sheet of their own behind the picture."""
+    source = picture.read_text(encoding="utf-8")
+    width = re.search(r'viewBox="0 0 (\d+) ', source)
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: ([\d.]+)px", source)]
+    assert width is not None
+    assert min(sizes) * 400 / int(width[1]) >= 12
+    assert "prefers-color-scheme: dark" in source
+    assert source.count(".sheet {") == 2
+    assert 'class="sheet"' in source
+    assert "fill=" not in re.sub(r"<style>.*?</style>", "", source, flags=re.DOTALL)  # colours by scheme only
