@@ -108,23 +108,29 @@ def _latency(report: ov_phi3.Report, path: Path) -> Path:
 def _gaps(report: ov_phi3.Report, path: Path) -> Path:
     """The cumulative distribution of the gaps between tokens."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    longest = 0.0
+    longest, fewest = 0.0, None
     for colour, m in zip(COLOURS * 3, sorted(report.measurements, key=lambda m: m.prompt_tokens), strict=False):
         gaps = sorted(gap for s in m.samples for gap in s.inter_token_ms)
         if not gaps:
             continue
         shares = [(i + 1) / len(gaps) * 100 for i in range(len(gaps))]
         axes.step(gaps, shares, where="post", color=colour, label=f"{m.prompt_tokens} prompt tokens, {len(gaps)} gaps")
+        fewest = len(gaps) if fewest is None else min(fewest, len(gaps))
         longest = max(longest, gaps[min(len(gaps) - 1, int(len(gaps) * 0.99))])
-    for share in (50, 90, 99):
+    for share in _shown_percentiles(fewest or 0):
         axes.axhline(share, color=GREY, linewidth=0.7, linestyle=":")
         axes.annotate(
             f"p{share}", (1, share), (-22, -10), xycoords=("axes fraction", "data"), textcoords="offset points"
         )
     axes.set(title="Gaps between tokens", xlabel="milliseconds", ylabel="% of gaps at most this long", ylim=(0, 101))
     axes.set_xlim(0, longest * 1.3 or 1)
-    axes.legend(loc="center left")
-    return _save(figure, path, _caption(report) + "; gaps far beyond p99 are outside the plot")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    return _save(figure, path, _caption(report) + "; the longest hundredth of the gaps can be outside the plot")
+
+
+def _shown_percentiles(values: int) -> list[int]:
+    """The percentiles that so many values carry, as in `Summary`: with fewer, they are the maximum by another name."""
+    return [share for share, least in ((50, 1), (90, 10), (99, 100)) if values >= least]
 
 
 def _chat(report: ov_phi3.Report, path: Path) -> Path:
