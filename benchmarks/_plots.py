@@ -51,7 +51,7 @@ def plot_report(report: ov_phi3.Report, folder: Path) -> list[Path]:
 def _save(figure: Any, path: Path, caption: str) -> Path:
     colour = COLOURS[5] if "(emulated)" in caption else GREY  # no figure of an emulated GPU is a GPU's
     figure.text(0.01, 0.005, caption, fontsize=7, color=colour, va="bottom")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.02 + 0.02 * len(caption.splitlines()), 1, 1))
     figure.savefig(path)
     plt.close(figure)
     return path
@@ -125,7 +125,7 @@ def _gaps(report: ov_phi3.Report, path: Path) -> Path:
     axes.set(title="Gaps between tokens", xlabel="milliseconds", ylabel="% of gaps at most this long", ylim=(0, 101))
     axes.set_xlim(0, longest * 1.3 or 1)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    return _save(figure, path, _caption(report) + "; the longest hundredth of the gaps can be outside the plot")
+    return _save(figure, path, _caption(report) + "\nThe longest hundredth of the gaps can be outside the plot.")
 
 
 def _shown_percentiles(values: int) -> list[int]:
