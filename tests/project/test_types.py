@@ -84,8 +84,8 @@ def test_every_example_of_the_pages_passes_mypy(tmp_path: Path) -> None:
             modules[path.name] = name_of(page)
     assert len(modules) >= 15
     config = tmp_path / "mypy.ini"  # the cookbook's program imports packages of which a check takes a minute and a half
-    config.write_text("[mypy-torch.*,transformers.*,optimum.*]\nfollow_imports = skip\n", encoding="utf-8")
-    rules = ("--check-untyped-defs", "--disable-error-code=import-untyped")
+    config.write_text("[mypy-torch.*,transformers.*,optimum.*,ray.*]\nfollow_imports = skip\n", encoding="utf-8")
+    rules = ("--check-untyped-defs", "--disable-error-code=import-untyped", "--disable-error-code=import-not-found")
     found = mypy([tmp_path / name for name in modules], *rules, config=config)
     assert [f"{modules[finding.file]}:{finding.line}: {finding.text}" for finding in found] == []
 
