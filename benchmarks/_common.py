@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ov_phi3
+from _environment import BootstrapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "Refused",
     "add_load_arguments",
     "add_model_arguments",
+    "check",
     "command",
     "exit_with",
     "load_options",
@@ -93,14 +96,36 @@ def progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+class Refused(Exception):  # noqa: N818 - not a failure
+    """A measurement that `check` refuses; the text is the reason."""
+
+
+def check(options: argparse.Namespace, *, needs_model: bool = True) -> None:
+    """Raise `Refused` if these arguments cannot be measured, see `refusal`."""
+    if problem := refusal(options, needs_model=needs_model):
+        raise Refused(problem)
+
+
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main function and exit with its code; Ctrl-C exits with 130, without a traceback."""
+    """Run a script's main function and exit with its code, without a traceback where the reason is known.
+
+    The code is 2 for arguments that `check` refuses, 1 for an error of the library or of a step that prepares the
+    measurement, and 130 for Ctrl-C.
+    """
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:
+        code, reason = 130, "interrupted; nothing was written"
+    except Refused as refused:
+        code, reason = 2, str(refused)
+    except (ov_phi3.Error, BootstrapError) as error:
+        code, reason = 1, str(error)
+    else:
         progress("")
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(code)
+    progress("")
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.exit(code)
 
 
 def command() -> str:

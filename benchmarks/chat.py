@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 from typing import Any
 
 from _environment import run_installed
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
+from _common import add_load_arguments, add_model_arguments, check, exit_with, load_options, progress, write_json
 from ov_phi3.bench.prompts import chat_message
 from ov_phi3.system.memory import resident_memory_bytes
 
@@ -62,19 +61,12 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=200, help="turns of the long conversation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the messages (default: %(default)s)")
     options = parser.parse_args()
-    try:
-        if problem := refusal(options):
-            print(f"chat.py: {problem}", file=sys.stderr)
-            return 2
-        with ov_phi3.load(options.model, **load_options(options)) as pipe:
-            ten = {"prompt_tokens": (), "chat_turns": 10, "repeat": options.repeat, "roofline": False}
-            report = ov_phi3.measure(pipe, **ten, seed=options.seed, progress=progress)
-        long = long_chat(options)
-    except ov_phi3.Error as error:
-        print(f"chat.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options)
+    with ov_phi3.load(options.model, **load_options(options)) as pipe:
+        ten = {"prompt_tokens": (), "chat_turns": 10, "repeat": options.repeat, "roofline": False}
+        report = ov_phi3.measure(pipe, **ten, seed=options.seed, progress=progress)
+    long = long_chat(options)
+    progress("")
     second, tenth = (report.chat[turn].samples for turn in (1, 9))
     ratio = statistics.median((b.ttft_ms or 0) / (a.ttft_ms or 1) for a, b in zip(second, tenth, strict=True))
     print(f"{report}\n\nTTFT of turn 10 / turn 2: {ratio:.2f}")

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import random
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,11 +29,11 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
+    check,
     exit_with,
     load_options,
     measured_device,
     progress,
-    refusal,
     write_json,
 )
 
@@ -97,16 +96,9 @@ def main() -> int:
     if min(options.at_once) < 1 or max(options.at_once) < 2 or options.repeat < 1:
         parser.error("--at-once needs numbers of at least 1, one of them above 1, and --repeat at least 1")
     options.at_once = sorted({1, *options.at_once})
-    if problem := refusal(options):
-        print(f"concurrency.py: {problem}", file=sys.stderr)
-        return 2
-    try:
-        samples = measure(options)
-    except ov_phi3.Error as error:
-        print(f"concurrency.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options)
+    samples = measure(options)
+    progress("")
     device = measured_device(options)
     print(f"{options.model.name} on {device}, {options.prompt_tokens} + {options.new_tokens} tokens per request\n")
     print(f"{'callers':<24}{'tokens/s':>10}{'ratio to 1':>12}{'TTFT':>11}{'TPOT':>11}")

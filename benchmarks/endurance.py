@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import psutil
 
 import ov_phi3
-from _common import add_load_arguments, add_model_arguments, exit_with, load_options, progress, refusal, write_json
+from _common import add_load_arguments, add_model_arguments, check, exit_with, load_options, progress, write_json
 from ov_phi3.bench.prompts import chat_message
 
 FIRST = 100
@@ -275,17 +275,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.requests <= FIRST:
         parser.error(f"--requests {options.requests}: expected more than {FIRST}, as the check begins after them")
-    if problem := refusal(options):
-        print(f"endurance.py: {problem}", file=sys.stderr)
-        return 2
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = run_all(options, Path(folder))
-    except ov_phi3.Error as error:
-        print(f"endurance.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options)
+    with tempfile.TemporaryDirectory() as folder:
+        report = run_all(options, Path(folder))
+    progress("")
     if options.json:
         write_json(options.json, report)
     return 0 if report["passed"] else 1

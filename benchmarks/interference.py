@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import random
 import statistics
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -29,11 +28,11 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
+    check,
     exit_with,
     load_options,
     measured_device,
     progress,
-    refusal,
     write_json,
 )
 
@@ -120,16 +119,9 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=20, help="rounds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     options = parser.parse_args()
-    if problem := refusal(options):
-        print(f"interference.py: {problem}", file=sys.stderr)
-        return 2
-    try:
-        samples = measure(options)
-    except ov_phi3.Error as error:
-        print(f"interference.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options)
+    samples = measure(options)
+    progress("")
     device = measured_device(options)
     print(f"{options.model.name} on {device}, {options.repeat} rounds\n")
     print(f"{'':<36}{'number':>8}{'median':>11}{'p99':>11}{'largest':>11}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -25,11 +24,11 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
+    check,
     exit_with,
     load_options,
     measured_device,
     progress,
-    refusal,
     write_json,
 )
 
@@ -58,29 +57,22 @@ def main() -> int:
     options = parser.parse_args()
     if options.prompts < 1 or options.concurrency < 2 or options.repeat < 1:
         parser.error("--prompts and --repeat need at least 1, --concurrency at least 2")
-    if problem := refusal(options):
-        print(f"many.py: {problem}", file=sys.stderr)
-        return 2
+    check(options)
     load, rng = load_options(options), random.Random(0)
     samples: list[dict[str, float]] = []
-    try:
-        with (
-            ov_phi3.load(options.model, **{"backend": "infer_request", **load}) as one,
-            ov_phi3.load(options.model, concurrency=options.concurrency, **load) as pipe,
-        ):
-            for loaded in (one, pipe):
-                loaded.warmup()
-            for number in range(options.repeat):
-                progress(f"round {number + 1} of {options.repeat}")
-                prompts = [ov_phi3.random_prompt(one, options.prompt_tokens, rng) for _ in range(2 * options.prompts)]
-                halves = (prompts[: options.prompts], prompts[options.prompts :])
-                alone = tokens_per_s(one, halves[0], options.new_tokens, many=False)
-                samples.append({"alone": alone, "many": tokens_per_s(pipe, halves[1], options.new_tokens, many=True)})
-    except ov_phi3.Error as error:
-        print(f"many.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    with (
+        ov_phi3.load(options.model, **{"backend": "infer_request", **load}) as one,
+        ov_phi3.load(options.model, concurrency=options.concurrency, **load) as pipe,
+    ):
+        for loaded in (one, pipe):
+            loaded.warmup()
+        for number in range(options.repeat):
+            progress(f"round {number + 1} of {options.repeat}")
+            prompts = [ov_phi3.random_prompt(one, options.prompt_tokens, rng) for _ in range(2 * options.prompts)]
+            halves = (prompts[: options.prompts], prompts[options.prompts :])
+            alone = tokens_per_s(one, halves[0], options.new_tokens, many=False)
+            samples.append({"alone": alone, "many": tokens_per_s(pipe, halves[1], options.new_tokens, many=True)})
+    progress("")
     device = measured_device(options)
     ratio = statistics.median(sample["many"] / sample["alone"] for sample in samples)
     print(f"{options.model.name} on {device}, {options.prompts} prompts of {options.prompt_tokens} tokens\n")
