@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from machines import CPU, DGPU, IGPU, NPU, gpu_probe
 
+import ov_phi3
 from ov_phi3.errors import ConfigError, DeviceError, GenerationError, ModelError
 from ov_phi3.system.devices import DeviceInfo, devices, resolve
 from ov_phi3.system.failures import essential_message, to_device_error, to_generation_error, to_load_error
@@ -80,6 +81,15 @@ def test_a_property_that_the_real_cpu_refuses_is_a_config_error(config: dict[str
     error = to_device_error(caught.value, resolve("CPU"))
     assert isinstance(error, ConfigError)
     assert "does not accept a property" in str(error)
+
+
+@pytest.mark.parametrize("cache", ["KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION"])
+def test_precisions_that_contradict_each_other_are_a_config_error(tiny_fp32: Path, device: str, cache: str) -> None:
+    if device != "CPU":
+        pytest.skip("a GPU has no such limit")
+    with pytest.raises(ConfigError, match=rf"precision of the KV cache.*{cache}.*INFERENCE_PRECISION_HINT"):
+        config = {cache: "bf16", "INFERENCE_PRECISION_HINT": "f32"}
+        ov_phi3.load(tiny_fp32, device=device, backend="infer_request", ov_config=config)
 
 
 def test_the_real_failure_of_a_machine_without_a_gpu(tmp_path: Path) -> None:

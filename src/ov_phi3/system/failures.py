@@ -41,6 +41,7 @@ _PROPERTY_REFUSED = (
     "unable to cast",
     "null byte",
 )
+_CACHE_TYPES = re.compile(r"expect (?:kvcache|value_cache_type) type (\w+), current: (\w+)(?: , (\w+))?")
 _NO_GPU = ("libopencl", "opencl.dll", "no supported devices found", "clgetplatformids")
 _OUT_OF_MEMORY = (
     "exceed_allocatable_mem_size",
@@ -125,6 +126,13 @@ def to_device_error(
     lower = str(error).lower()
     if isinstance(error, TypeError) or any(sign in lower for sign in _PROPERTY_REFUSED):
         return ConfigError(f"{device} does not accept a property in ov_config: {message}")
+    if types := _CACHE_TYPES.search(str(error)):
+        expected, *found = (name for name in types.groups() if name)
+        return ConfigError(
+            f"{device}: the precision of the KV cache ({' and '.join(dict.fromkeys(found))}) contradicts the one that "
+            f"the device computes in, which needs {expected}, f16 or u8. Change or leave out KV_CACHE_PRECISION, "
+            "KEY_CACHE_PRECISION and VALUE_CACHE_PRECISION in ov_config, or INFERENCE_PRECISION_HINT."
+        )
     return DeviceError(f"{device}: {_advice(error, lower, device, probe)} OpenVINO's message: {message}")
 
 
