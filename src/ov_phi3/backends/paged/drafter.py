@@ -12,15 +12,16 @@ draft, and counts how often it was right. Text that does not repeat costs no pas
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-__all__ = ["STEP_ROWS", "Drafter", "LookupDrafter", "StepCosts", "best_number", "measure_step_costs"]
+__all__ = ["STEP_ROWS", "Drafter", "LookupDrafter", "StepCosts", "best_rows", "expected_tokens", "measure_step_costs"]
 
 STEP_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Rows of a step with drafts, the last known token included: few, since a CPU prepares kernels for each number."""
 
-_LEAST_ROUNDS, _MOST_ROUNDS, _MEASURED_SECONDS = 2, 8, 0.8
+_MOST_ROUNDS, _MEASURED_SECONDS = 8, 1.0
 
 _NGRAM_SIZES = (8, 4, 2, 1)  # of the index, the longest first
 _LONGEST = 32  # tokens of a match that are counted
@@ -30,9 +31,10 @@ _PRIOR_OUTCOMES = 3  # how many outcomes the first estimate counts for
 # How often a prediction is taken to be right before anything is known of a text, by the length of its match, from so
 # many tokens on, and by its kind. The outcomes correct these estimates.
 _LENGTHS = (1, 2, 3, 4, 6, 9, 16)
-# The n-gram occurred once; its last two occurrences went on alike, or not; a long match but for the last token.
+# The n-gram occurred once; its last two occurrences went on alike, or not; a long match that was interrupted.
 _UNIQUE, _AGREED, _DISAGREED, _RESUMED = range(4)
-_LEAST_INTERRUPTED = 4  # tokens of a match that is continued behind a replaced token
+_LEAST_INTERRUPTED = 4  # tokens of a match that is taken up again behind what interrupted it
+_LONGEST_GAP = 8  # tokens of the source that what interrupted it may replace
 _RATES = (
     (0.25, 0.5, 0.6, 0.7, 0.75, 0.85, 0.92),
     (0.35, 0.5, 0.6, 0.7, 0.75, 0.85, 0.92),
@@ -42,27 +44,32 @@ _RATES = (
 
 # What drafts may cost: at first, and for each token, in steps; what they gain is added, up to a limit. So a text that
 # does not repeat takes hardly longer, and one that begins to is drafted in earnest after a few right drafts.
-_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 0.4, 0.0075, 4.0
-_RUN, _CREDIT_OF_RUN = 2, 1.6  # after so many right predictions in a row, so much is lent
+_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 0.3, 0.0075, 4.0
+_RUN, _CREDIT_OF_RUN = 3, 1.6  # after so many right predictions in a row, so much is lent
+_CHANGE_SHARE = 0.6  # drafts come in runs: a step pays this share of the two changes of rows that the run takes
+_PATIENCE = 0.5  # a run is kept up without gain until it has lost this share of what the changes cost
 
 
 class StepCosts:
     """What a step of several rows of one sequence costs, in steps of one row.
 
     Args:
-        costs: cost by number of rows.
+        costs: cost by number of rows, behind a step of as many.
+        change: what a step costs more behind a step of another number of rows. A CPU then prepares every node of the
+            graph again, which on a small model takes as long as half a step.
     """
 
-    def __init__(self, costs: Mapping[int, float]) -> None:
+    def __init__(self, costs: Mapping[int, float], change: float = 0.0) -> None:
         self.costs = dict(sorted(costs.items()))
         self.rows = tuple(self.costs)
+        self.change = change
 
     def of(self, rows: int) -> float:
         """What a step of this number of rows costs: as the next larger one that was measured."""
         return next((cost for number, cost in self.costs.items() if number >= rows), self.costs[self.rows[-1]])
 
     @classmethod
-    def from_seconds(cls, seconds: Mapping[int, float]) -> StepCosts:
+    def from_seconds(cls, seconds: Mapping[int, float], change: float = 0.0) -> StepCosts:
         """From measured times. They are rounded, and a step of more rows never costs less."""
         one = seconds[min(seconds)]
         costs: dict[int, float] = {}
@@ -70,7 +77,7 @@ class StepCosts:
         for rows in sorted(seconds):
             least = max(least, round(32 * seconds[rows] / one) / 32)
             costs[rows] = least
-        return cls(costs)
+        return cls(costs, max(0.0, round(32 * change / one) / 32))
 
 
 def measure_step_costs(seconds_of: Callable[[int], float]) -> StepCosts:
@@ -79,39 +86,58 @@ def measure_step_costs(seconds_of: Callable[[int], float]) -> StepCosts:
     Args:
         seconds_of: runs a step of a number of rows and returns its time.
     """
-    for rows in STEP_ROWS:
-        seconds_of(rows)  # the first step with a number of rows prepares kernels
-    best = dict.fromkeys(STEP_ROWS, float("inf"))
-    total, rounds = 0.0, 0
-    while rounds < _LEAST_ROUNDS or (rounds < _MOST_ROUNDS and total < _MEASURED_SECONDS):
+    best = dict.fromkeys(STEP_ROWS, math.inf)
+    back = dict.fromkeys(STEP_ROWS[1:], math.inf)  # of one row behind several
+    began, rounds = time.perf_counter(), 0
+    while rounds < _MOST_ROUNDS and (not rounds or time.perf_counter() - began < _MEASURED_SECONDS):
         for rows in STEP_ROWS:
-            seconds = seconds_of(rows)
-            best[rows] = min(best[rows], seconds)
-            total += seconds
+            seconds_of(rows)  # the first of a number of rows changes over to it, and the very first prepares kernels
+            best[rows] = min(best[rows], seconds_of(rows))
+            if rows > 1:
+                back[rows] = min(back[rows], seconds_of(1))
         rounds += 1
-    return StepCosts.from_seconds(best)
+    changes = sorted(seconds - best[1] for seconds in back.values())
+    return StepCosts.from_seconds(best, changes[len(changes) // 2])
 
 
-def best_number(costs: StepCosts, chances: Sequence[float], credit: float = math.inf) -> int:
-    """The number of drafts that gives the most tokens per time; 0 if none of them is worth its cost.
+def expected_tokens(costs: StepCosts, chances: Sequence[float]) -> dict[int, float]:
+    """How many tokens a step is expected to give, by its rows, as far as there are chances.
 
     Args:
         costs: see `StepCosts`.
-        credit: most that a step may cost more than one without drafts.
         chances: of each draft, how likely it is right if those before it are.
     """
-    best, best_rate = 0, _MARGIN
     expected, all_right, used = 1.0, 1.0, 0
-    for rows, cost in costs.costs.items():
-        if rows - 1 > len(chances) or cost - 1.0 > credit:
+    tokens: dict[int, float] = {}
+    for rows in costs.rows:
+        if rows - 1 > len(chances):
             break
         for chance in chances[used : rows - 1]:
             all_right *= chance
             expected += all_right
         used = rows - 1
-        if used and expected / cost > best_rate:
-            best, best_rate = used, expected / cost
-    return best
+        tokens[rows] = expected
+    return tokens
+
+
+def best_rows(costs: StepCosts, chances: Sequence[float], credit: float = math.inf, last: int = 1) -> tuple[int, float]:
+    """The number of rows that gives the most tokens per time, and its cost; 1 if no draft is worth its cost.
+
+    Args:
+        costs: see `StepCosts`.
+        chances: see `expected_tokens`.
+        credit: most that a step may cost more than one without drafts.
+        last: rows of the step before. Coming back to one row costs nothing, as it is paid for at the start of a run.
+    """
+    best, best_cost, best_rate = 1, 1.0, _MARGIN if last == 1 else 1.0
+    for rows, expected in expected_tokens(costs, chances).items():
+        if rows == 1:
+            continue
+        change = 0.0 if rows == last else costs.change * (2.0 * _CHANGE_SHARE if last == 1 else 1.0)
+        cost = costs.of(rows) + change
+        if cost - 1.0 <= credit and expected / cost > best_rate:
+            best, best_cost, best_rate = rows, cost, expected / cost
+    return best, best_cost
 
 
 class Drafter(Protocol):
@@ -157,6 +183,9 @@ class LookupDrafter:
         self._outcomes = [[_PRIOR_OUTCOMES] * len(_LENGTHS) for _ in _RATES]
         self._credit = _FIRST_CREDIT
         self._run = 0  # right predictions in a row
+        self._rows = 1  # of the last step
+        self._lost = 0.0  # by keeping up the number of rows without gain
+        self._interrupted = -1  # where in the text a long match ended
         self._start(ids)
 
     def _start(self, ids: Sequence[int]) -> None:
@@ -182,27 +211,50 @@ class LookupDrafter:
                 self._source += 1
                 self._matched = min(self._matched + 1, _LONGEST)
             else:
-                resumed = self._source + 1 if self._matched >= _LEAST_INTERRUPTED else -1
+                replaced = self._matched >= _LEAST_INTERRUPTED
+                if replaced:
+                    self._interrupted = self._source
                 self._find()
-                if self._matched < 2 and 0 <= resumed < len(self._ids) - 1:  # one token was replaced
+                if self._matched < 2 and (resumed := self._resumed(replaced)) >= 0:
                     self._source, self._matched, self._kind = resumed, 1, _RESUMED
             self._remember()
 
     def draft(self, most: int) -> list[int]:
         """The next tokens, at most `most` and possibly none."""
-        count = most if self._number is None else min(most, self._number)
-        if self._number is None:
-            costs = self._costs()  # measured at the first step, whether there is something to draft or not
-            ahead = range(min(most, costs.rows[-1] - 1) if self._source >= 0 else 0)
-            rates = self._rates[self._kind]
-            chances = [rates[_LENGTH_CLASS[min(self._matched + i, _LONGEST)]] for i in ahead]
-            earned = min(self._credit, _MOST_CREDIT) - 1.0  # without the token that a step gives in any case
-            lent = _CREDIT_OF_RUN if self._run >= _RUN else 0.0
-            count = best_number(costs, chances, earned + lent)
-            self._credit = earned + 1.0 - costs.of(count + 1)
-        if self._source < 0:
-            return []
+        if self._number is not None:
+            return self._predicted(min(most, self._number)) if self._source >= 0 else []
+        costs = self._costs()  # measured at the first step, whether there is something to draft or not
+        ahead = range(min(most, costs.rows[-1] - 1) if self._source >= 0 else 0)
+        rates = self._rates[self._kind]
+        chances = [rates[_LENGTH_CLASS[min(self._matched + i, _LONGEST)]] for i in ahead]
+        earned = min(self._credit, _MOST_CREDIT) - 1.0  # without the token that a step gives in any case
+        credit = earned + (_CREDIT_OF_RUN if self._run >= _RUN else 0.0)
+        rows, cost = best_rows(costs, chances, credit, self._rows)
+        if rows > 1:
+            self._lost = 0.0
+        elif most >= self._rows - 1 and self._keeps_up(costs, chances, credit):
+            rows, cost = self._rows, costs.of(self._rows)
+        self._rows = rows
+        self._credit = earned + 1.0 - cost
+        return self._predicted(rows - 1)
+
+    def _keeps_up(self, costs: StepCosts, chances: Sequence[float], credit: float) -> bool:
+        """Whether a run of steps with several rows goes on although this step gains nothing by it.
+
+        Its end and the next start cost two changes. What has been lost since the last gain must not come near to that.
+        """
+        if self._rows == 1:
+            return False
+        cost = costs.of(self._rows)
+        expected = list(expected_tokens(costs, chances[: self._rows - 1]).values())[-1]
+        self._lost += max(0.0, cost - expected)
+        return self._lost <= _PATIENCE * 2.0 * costs.change and cost - 1.0 <= credit
+
+    def _predicted(self, count: int) -> list[int]:
+        """The next tokens by the match that is followed; without one the last token, which fills the rows."""
         known, source = len(self._ids), self._source
+        if source < 0:
+            return [self._ids[-1]] * count
         drafts: list[int] = []
         for at in range(source, source + count):  # past its own end the text repeats with the period of the match
             drafts.append(self._ids[at] if at < known else drafts[at - known])
@@ -226,6 +278,19 @@ class LookupDrafter:
                 agrees = before >= 0 and ids[before] == ids[source]
                 self._kind = _UNIQUE if before < 0 else _AGREED if agrees else _DISAGREED
                 return
+
+    def _resumed(self, replaced: bool) -> int:
+        """Where an interrupted match may go on: behind the last token, or, if one was replaced, behind that; else -1.
+
+        A record repeats the structure of the one before with other values, a quotation leaves words out.
+        """
+        start, last = self._interrupted, len(self._ids) - 1
+        if start < 0:
+            return -1
+        for at in range(start, min(start + _LONGEST_GAP, last)):
+            if self._ids[at] == self._ids[last]:
+                return at + 1
+        return start + 1 if replaced and start + 1 < last else -1
 
     def _common_end(self, source: int) -> int:
         """Tokens in front of a position that are also the last ones."""

@@ -29,6 +29,7 @@ SCRATCH_BLOCKS = 1
 """Blocks at the start of the cache that belong to no sequence: a repairing pass writes there."""
 
 _LONG_PASS = 16  # tokens from which a pass may take long enough to be cancelled
+_TIMED_PAST = 160  # tokens in front of those of a pass that is timed
 _POLL_MS = 50  # interval of the checks whether a pass is still wanted
 
 
@@ -144,11 +145,8 @@ class ModelRunner:
         """
         shapes = self._inputs.fill(step, self.block_size)
         try:
-            cancels = should_continue is not None and shapes[0] >= _LONG_PASS and self._cancels
-            if cancels or beside is not None:
-                self._infer_while(should_continue if cancels else None, beside)
-            else:
-                self._request.infer()
+            cancels = shapes[0] >= _LONG_PASS and self._cancels
+            self._infer(should_continue if cancels else None, beside)
         except BaseException:
             self._repair(shapes)
             raise
@@ -158,15 +156,21 @@ class ModelRunner:
         return rows if rows.dtype == np.float32 else rows.astype(np.float32)
 
     def time_rows(self, rows: int) -> float:
-        """Seconds of a pass of this many tokens of one sequence with the logits of all, in a scratch block."""
-        self._inputs.fill_scratch(rows, rows)
+        """Seconds of a pass of this many tokens of one sequence with the logits of all, in a scratch block.
+
+        The tokens have some before them, as in a reply: without any the attention runs another kernel.
+        """
+        self._inputs.fill_scratch(rows, rows, _TIMED_PAST, self.block_size)
         began = time.perf_counter()
         self._request.infer()
         seconds = time.perf_counter() - began
-        self._shapes = (rows, rows, rows)
+        self._shapes = (rows, rows + _TIMED_PAST, rows)
         return seconds
 
-    def _infer_while(self, should_continue: Callable[[], bool] | None, beside: Callable[[], None] | None) -> None:
+    def _infer(self, should_continue: Callable[[], bool] | None, beside: Callable[[], None] | None) -> None:
+        if should_continue is None and beside is None:
+            self._request.infer()
+            return
         self._request.start_async()
         if beside is not None:
             try:
@@ -275,15 +279,16 @@ class _Inputs:
         self._longest.view(1)[0] = longest
         return tokens, tokens + int(past.sum()), num_rows
 
-    def fill_scratch(self, tokens: int, rows: int) -> None:
-        """Set all inputs for a pass over the scratch block."""
+    def fill_scratch(self, tokens: int, rows: int, past: int = 0, block_size: int = 16) -> None:
+        """Set all inputs for a pass over the scratch block, which stands for all blocks of the past."""
+        used = -(-(past + tokens) // block_size)
         self._ids.view(tokens)[:] = 0
-        self._positions.view(tokens)[:] = np.arange(tokens)
-        self._past.view(1)[:] = 0
+        self._positions.view(tokens)[:] = np.arange(past, past + tokens)
+        self._past.view(1)[:] = past
         self._begins.view(2)[:] = (0, tokens)
-        self._blocks.view(1)[:] = 0
-        self._block_begins.view(2)[:] = (0, 1)
-        self._longest.view(1)[:] = tokens
+        self._blocks.view(used)[:] = 0
+        self._block_begins.view(2)[:] = (0, used)
+        self._longest.view(1)[:] = past + tokens
         self._rows.view(rows)[:] = np.arange(rows) % tokens
         if self._long_rope is not None:
             self._long_rope.view(tokens)[:] = False
