@@ -19,7 +19,7 @@ def blocks_of(pipe: Pipeline) -> BlockManager:
         if thread.name == "ov_phi3-engine":
             thread.join()
     backend: Any = pipe.engine.check_open()
-    blocks: BlockManager = backend._engine.blocks
+    blocks: BlockManager = backend._backend._engine.blocks
     blocks.check([])
     return blocks
 

@@ -30,7 +30,7 @@ def check_idle(pipe: Pipeline) -> int:
     for thread in threading.enumerate():
         if thread.name == "ov_phi3-engine":
             thread.join()
-    engine: Any = pipe.engine.check_open()._engine  # type: ignore[attr-defined]
+    engine: Any = pipe.engine.check_open()._backend._engine  # type: ignore[attr-defined]
     engine.blocks.check([])
     assert engine.blocks.num_available == engine.blocks.num_blocks
     preemptions: int = engine._scheduler.preemptions

@@ -41,7 +41,7 @@ def check_idle(pipe: Pipeline) -> None:
     """Join the owner thread; no block may be in use then."""
     for thread in owner_threads():
         thread.join()
-    engine: Any = pipe.engine.check_open()._engine  # type: ignore[attr-defined]
+    engine: Any = pipe.engine.check_open()._backend._engine  # type: ignore[attr-defined]
     engine.blocks.check([])
     assert engine.blocks.num_available == engine.blocks.num_blocks
 
