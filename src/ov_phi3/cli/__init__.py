@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from ov_phi3._version import __version__
 from ov_phi3.cli import terminal
+from ov_phi3.cli.completion import HIDDEN, complete
 from ov_phi3.cli.model_list import find_model
 from ov_phi3.cli.parser import CommandParser
 from ov_phi3.cli.words import in_flags
@@ -17,11 +17,11 @@ from ov_phi3.errors import ConfigError, Error, ExportError
 __all__ = ["build_parser", "main"]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The parser of `ov-phi3`, with a subparser per command."""
-    from ov_phi3.cli import cache, chat, generate, models, serve, tools
+    from ov_phi3.cli import cache, chat, completion, generate, models, serve, tools
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ov-phi3",
         description="Run Phi-3 class language models on Intel hardware with OpenVINO GenAI.",
         epilog="Exit codes: 0 success, 1 failure with a line on stderr, 2 wrong usage, 130 Ctrl-C.",
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     tools.add_bench(commands)
     tools.add_devices(commands)
     tools.add_doctor(commands)
+    completion.add_completion(commands)
     return parser
 
 
@@ -52,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an unprintable character must not end the reply
-    args, extra = build_parser().parse_known_args(argv)
+    parser, words = build_parser(), sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == [HIDDEN]:
+        print("".join(f"{word}\n" for word in complete(parser, words[1:])), end="")
+        return 0
+    args, extra = parser.parse_known_args(words)
     if extra and args.command != "export":
         args.parser.error(args.parser.describe_unknown(extra))
     args.extra = extra

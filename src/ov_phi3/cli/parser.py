@@ -60,10 +60,39 @@ class CommandParser(argparse.ArgumentParser):
 
     def _nearest(self, unknown: str) -> str:
         """A question that names the flags that may have been meant; '' if none is near."""
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        flags = self.every_flag
         ours = ALIASES.get(unknown.lstrip("-").replace("-", "_"))
         if ours is not None and (flag := "--" + ours.replace("_", "-")) in flags:
             return f", which is called {flag} here"
         begun = [flag for flag in flags if len(unknown) > 3 and flag.startswith(unknown)]
         near = begun[:3] or difflib.get_close_matches(unknown, flags, n=1, cutoff=0.75)
         return f"; did you mean {' or '.join(near)}?" if near else ""
+
+    # -- for completion ----------------------------------------------------------------------------------------------
+
+    @property
+    def subcommands(self) -> dict[str, CommandParser]:
+        """Name of each command -> its parser; empty for a command without commands of its own."""
+        nested = (action.choices for action in self._actions if isinstance(action.choices, dict))
+        return {name: parser for choices in nested for name, parser in choices.items()}
+
+    @property
+    def every_flag(self) -> list[str]:
+        """All flags with two dashes, --no- forms too."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def values_after(self, flag: str) -> tuple[int, list[str]]:
+        """How many values follow a flag, and the words that they may be, if these are known."""
+        action = next((action for action in self._actions if flag in action.option_strings), None)
+        if action is None or action.nargs == 0:
+            return 0, []
+        return action.nargs if isinstance(action.nargs, int) else 1, _words(action)
+
+    def positional(self, index: int) -> tuple[str, list[str]]:
+        """The name of an argument without a flag, and the words that it may be, if these are known."""
+        actions = [action for action in self._actions if not action.option_strings and not self.subcommands]
+        return (actions[index].dest, _words(actions[index])) if index < len(actions) else ("", [])
+
+
+def _words(action: argparse.Action) -> list[str]:
+    return [str(choice) for choice in action.choices or ()]
