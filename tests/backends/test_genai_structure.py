@@ -20,6 +20,40 @@ def pipeline(request: pytest.FixtureRequest) -> Iterator[Pipeline]:
         yield loaded
 
 
+def keyed(key: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: {"type": "null"}}, "required": [key], "additionalProperties": False}
+
+
+# Patterns that allow characters which JSON escapes, or whose parts are not kept together.
+ESCAPED = (
+    '^a"b$', r"^a\\b$", r"^a\tb$", r"^\x09$", "^.$", "^[^a]$", r"^\s$", r"^\W$", '["a]', "^ab|cd$", r"^[\t-z]$", "\t",
+)  # fmt: skip
+_INTEGER = {"type": "integer", "minimum": 0, "maximum": 9}
+IGNORED = (
+    ("'oneOf'", {"oneOf": [_INTEGER, {"type": "null"}]}),
+    ("'allOf'", {"allOf": [_INTEGER, {"maximum": 3}]}),
+    ("'not'", {**_INTEGER, "not": {"const": 3}}),
+    ("'if'", {"if": {"const": 3}, "then": {"const": 3}}),
+    ("'multipleOf'", {**_INTEGER, "multipleOf": 3}),
+    ("'uniqueItems'", {"type": "array", "items": _INTEGER, "uniqueItems": True}),
+    ("'contains'", {"type": "array", "items": _INTEGER, "contains": {"const": 3}}),
+    ("'propertyNames'", {"type": "object", "propertyNames": {"pattern": "^a$"}}),
+    ("'dependentRequired'", {"type": "object", "properties": {"a": _INTEGER}, "dependentRequired": {"a": ["b"]}}),
+    ("'enum'", {"enum": [1, 5], "minimum": 3}),
+    ("'const'", {"const": 1, "type": "string"}),
+    ("'$ref'", {"$defs": {"x": _INTEGER}, "$ref": "#/$defs/x", "maximum": 4}),
+    ("'minimum'", {"type": "number", "minimum": 0.5}),
+    ("'maxLength'", {"maxLength": 4}),
+    ("'maxLength'", {"type": "string", "pattern": "^a*$", "maxLength": 4}),
+    ("'ipv4'", {"type": "string", "format": "ipv4"}),
+    ("requires 'b'", {"type": "object", "properties": {"a": _INTEGER}, "required": ["b"]}),
+    ("'patternProperties'", {"properties": {"a": _INTEGER}, "patternProperties": {"^b$": _INTEGER}}),
+    ("'multipleOf'", {"$defs": {"x": {"items": {"multipleOf": 3}}}, "anyOf": [{"$ref": "#/$defs/x"}]}),
+    ("'^\"$'", {"type": "object", "patternProperties": {'^"$': _INTEGER}}),
+)
+MISREAD = (("[[:alpha:]]", "[[:alpha:]"), ("a$b", "$"), ("a^b", "^"), (r"x\0y", r"\0"), (r"\Aab\Z", r"\A"))
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 2}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     ("options", "text"),
@@ -31,6 +65,10 @@ def pipeline(request: pytest.FixtureRequest) -> Iterator[Pipeline]:
         ({"regex": "<0x0A>"}, "<0x0A>"),
         ({"json_schema": {"enum": ["New York"]}}, '"New York"'),
         ({"grammar": 'root ::= "ö x ▁ y"'}, "ö x ▁ y"),
+        ({"grammar": 'root ::= "<" "|end|>" "</s>"'}, "<|end|></s>"),
+        ({"regex": r"<\|end\|><s>[<]unk>"}, "<|end|><s><unk>"),
+        ({"json_schema": {"enum": ["<|end|>"]}}, '"<|end|>"'),
+        ({"json_schema": {"const": 'a"b\\c\td'}}, '"a\\"b\\\\c\\td"'),
     ],
     ids=str,
 )
@@ -48,8 +86,11 @@ def test_only_one_text_is_possible(
         ({"json_schema": {"type": "object", "properties": {"é1": {"type": "integer"}}}}, "'é1'"),
         ({"json_schema": {"anyOf": [{"const": {"x": ["naïf", "ïf"]}}]}}, "'ïf'"),
         ({"grammar": 'root ::= "ß" | "üb"'}, "'üb'"),
-        ({"grammar": 'root ::= "x <|end|>"'}, "'<|end|>'"),
-        ({"json_schema": {"enum": ["<|end|>"]}}, "'<|end|>'"),
+        ({"grammar": r'root ::= "\u00dfe"'}, "'ße'"),
+        *[({"json_schema": keyed(key)}, repr(key)) for key in ("a\tb", "a\nb", 'a"b', "a\\b", "a\x01")],
+        *[({"json_schema": {"type": "string", "pattern": pattern}}, repr(pattern)) for pattern in ESCAPED],
+        *[({"json_schema": schema}, word) for word, schema in IGNORED],
+        *[({"regex": regex}, repr(atom)) for regex, atom in MISREAD],
         ({"regex": "a|b", "num_return_sequences": 3, "temperature": 1.0}, "num_return_sequences=3"),
         ({"regex": "a|b", "ignore_eos": True}, "ignore_eos=True"),
     ],
@@ -67,6 +108,11 @@ def test_what_would_not_be_obeyed_is_refused(pipeline: Pipeline, options: dict[s
         {"type": "string", "pattern": "^é1$"},
         {"type": "boolean", "title": "die Größe", "description": "déjà vu"},
         {"enum": ["schön"]},
+        {"type": "boolean", "examples": ["ße"], "x-note": {"oneOf": 3}},
+        {"type": "string", "pattern": r"^(a|b)[c-e]{2}\d<\|end\|>$"},
+        {"type": ["integer", "null"], "minimum": 3, "maximum": 5},
+        {"type": "string", "enum": ["a", "b"], "title": "one of them"},
+        {"type": "object", "patternProperties": {"^a[0-9]$": {"type": "null"}}, "maxProperties": 0},
     ],
     ids=str,
 )

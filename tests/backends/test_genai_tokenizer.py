@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ov_phi3 import ModelError
+from ov_phi3 import ModelError, ModelInfo
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 
 
@@ -14,11 +14,15 @@ from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 def test_it_decodes_and_knows_the_special_tokens(tiny_fp32: Path, can_encode: bool) -> None:
     import openvino_genai
 
-    tokenizer = openvino_genai.Tokenizer(*genai_tokenizer_arguments(tiny_fp32, can_encode=can_encode))
+    added = {token.id: token.content for token in ModelInfo.from_dir(tiny_fp32).added_tokens}
+    tokenizer = openvino_genai.Tokenizer(*genai_tokenizer_arguments(tiny_fp32, added, can_encode=can_encode))
     whole = openvino_genai.Tokenizer(str(tiny_fp32))
     assert tokenizer.decode([15043]) == whole.decode([15043]) == "Hello"
     assert tokenizer.get_eos_token_id() == whole.get_eos_token_id()
-    assert set(tokenizer.get_vocab()) == {literal(piece) for piece in whole.get_vocab()}
+    controls = {content.encode() for content in added.values()}
+    texts = {literal(piece) for piece in whole.get_vocab() if piece not in controls}
+    assert set(tokenizer.get_vocab()) == {b"", *texts}
+    assert b"<|end|>" in controls
 
 
 def literal(piece: bytes) -> bytes:

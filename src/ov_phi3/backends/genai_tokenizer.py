@@ -14,6 +14,8 @@ from ov_phi3.system.jinja import IDENTITY_TOKENIZER
 from ov_phi3.text.tokenizer_files import constant, find_operation, read_graph
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
 __all__ = ["genai_tokenizer_arguments"]
@@ -22,7 +24,9 @@ _SPACE = "▁".encode()
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 
 
-def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any, ...]:
+def genai_tokenizer_arguments(
+    model_dir: Path, control_ids: Collection[int] = (), *, can_encode: bool
+) -> tuple[Any, ...]:
     """Return the arguments of `openvino_genai.Tokenizer` for a model directory.
 
     The engine needs the detokenizer's vocabulary (structured output) and the ids of the special tokens (chat
@@ -30,6 +34,7 @@ def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any
 
     Args:
         model_dir: holds the tokenizer graphs.
+        control_ids: tokens that are no text, besides those that the detokenizer leaves out.
         can_encode: load the tokenizer's tables too. An engine with a draft model needs them: it compares how the two
             tokenizers encode a text.
 
@@ -51,7 +56,7 @@ def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any
         raise ModelError(
             f"the tokenizer files in {model_dir} could not be read ({exc}). Export the model again."
         ) from exc
-    _write_literal_pieces(model, graph, weights)
+    _write_literal_pieces(model, graph, weights, control_ids)
     if not can_encode:
         _, marker, special_tokens = encoding.rpartition("<rt_info>")
         end = marker + special_tokens if marker and "</net>" in special_tokens else "</net>"
@@ -59,27 +64,35 @@ def genai_tokenizer_arguments(model_dir: Path, *, can_encode: bool) -> tuple[Any
     return encoding, openvino.Tensor(tables), graph, openvino.Tensor(weights)
 
 
-def _write_literal_pieces(model: Any, graph: str, weights: NDArray[np.uint8]) -> None:
+def _write_literal_pieces(model: Any, graph: str, weights: NDArray[np.uint8], control_ids: Collection[int]) -> None:
     """Make the detokenizer's table hold what its pieces mean: " x" instead of "▁x", a byte instead of "<0x0A>".
 
     GenAI gives the table to XGrammar as it is (openvino-genai 2026.4.1), so that a grammar would ask for the marks of
     SentencePiece instead of spaces and bytes. The operations behind the table, which replace the marks, then find none.
+    Control tokens get an empty text, which XGrammar takes for a token without one: otherwise the text "<s>" in a
+    structure would be answered by the token of this name.
 
     Args:
         model: the detokenizer graph, checked.
         graph: its XML, whose offsets say where the table is.
         weights: its data, uint8, shape [bytes]; changed in place.
+        control_ids: tokens that are no text, besides those that the detokenizer leaves out.
     """
+    vocabulary = find_operation(model, "VocabDecoder")
+    left_out = constant(vocabulary, 4).tolist() if vocabulary is not None and vocabulary.get_input_size() > 4 else ()
+    controls = {*left_out, *control_ids}
     has_bytes = find_operation(model, "ByteFallback") is not None
     has_spaces = any(_SPACE in packed for packed in _patterns(model))
-    table = _table(graph) if has_bytes or has_spaces else None
+    table = _table(graph) if has_bytes or has_spaces or controls else None
     if table is None:
         return
     begins, ends, characters = (weights[offset : offset + size] for offset, size in table)
     starts, stops = begins.view(np.int32), ends.view(np.int32)
     for index, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
         piece = characters[start:stop].tobytes()
-        if has_bytes and _BYTE.fullmatch(piece):
+        if index in controls:
+            literal = b""
+        elif has_bytes and _BYTE.fullmatch(piece):
             literal = bytes([int(piece[3:5], 16)])
         elif has_spaces and _SPACE in piece:
             literal = piece.replace(_SPACE, b" ")

@@ -7,7 +7,7 @@ contents of the prefix cache are known id by id, and the engine decodes the gene
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,7 @@ class LLMPipelineSpec:
             request.info.path,
             request.device.name,
             properties,
+            control_ids=[token.id for token in request.info.added_tokens],
             block_size=request.kv.layout.block_size,
             rope_boundary=request.info.rope_boundary,
             batches=request.concurrency > 1,
@@ -153,6 +154,7 @@ class LLMPipelineBackend:
         model_dir: an exported model.
         device: an OpenVINO device name.
         properties: for `LLMPipeline`; a `scheduler_config` among them means paged attention.
+        control_ids: tokens that are no text.
         block_size: tokens per block of the prefix cache on this device.
         rope_boundary: see `ModelInfo.rope_boundary`.
         batches: run several requests at once, with a `ContinuousBatchingPipeline`, which is what `LLMPipeline` uses
@@ -171,6 +173,7 @@ class LLMPipelineBackend:
         device: str,
         properties: Mapping[str, Any],
         *,
+        control_ids: Collection[int] = (),
         block_size: int = 32,
         rope_boundary: int | None = None,
         batches: bool = False,
@@ -192,7 +195,7 @@ class LLMPipelineBackend:
         self._marks_ids = False
         never_freed_in_children(self)
         with keeping_signal_stack(), tokenizers_importable():
-            arguments = genai_tokenizer_arguments(model_dir, can_encode="draft_model" in properties)
+            arguments = genai_tokenizer_arguments(model_dir, control_ids, can_encode="draft_model" in properties)
             self._tokenizer = self._genai.Tokenizer(*arguments)
             if batches:
                 self._batch = Batch(self._open_batching(), self._genai)

@@ -126,6 +126,12 @@ class _Check:
         for name in schema.get("required", ()):
             if name not in value:
                 yield f"{at} has no {name!r}"
+        for name, others in schema.get("dependentRequired", {}).items():
+            if name in value and (missing := [other for other in others if other not in value]):
+                yield f"{at} has {name!r} and no {missing[0]!r}"
+        for name, part in schema.get("dependentSchemas", {}).items():
+            if name in value:
+                yield from self.problems(value, part, at, depth + 1)
         yield from _count_problems(len(value), schema, at, "Properties")
         for name, item in value.items():
             where = f"{at}.{name}"
@@ -149,6 +155,10 @@ class _Check:
         for index, item in enumerate(value):
             part = first[index] if index < len(first) else rest
             yield from self.problems(item, part, f"{at}[{index}]", depth + 1)
+        if "contains" in schema:
+            least, most = schema.get("minContains", 1), schema.get("maxContains", len(value))
+            if not least <= sum(self._holds(item, schema["contains"], at, depth) for item in value) <= most:
+                yield f"{at} does not have the items that 'contains' demands"
         if schema.get("uniqueItems") is True and any(_same(a, b) for i, a in enumerate(value) for b in value[:i]):
             yield f"{at} has an item twice"
 

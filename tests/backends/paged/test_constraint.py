@@ -23,6 +23,9 @@ EXACT: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": {"const": {"größe": 1}}}, '{"größe":1}'),
     ({"grammar": 'root ::= "the " "größe" "!"'}, "the größe!"),
     ({"json_schema": {"const": ["\u2581mark", " x"]}}, '["\u2581mark"," x"]'),
+    ({"grammar": r'root ::= "\u0041" "00b" [\u00df] "\xdfe" "\U0001F999"'}, "A00bßße🦙"),
+    ({"grammar": r'root ::= "\\u0041\u0022\u000a"'}, '\\u0041"\n'),
+    ({"grammar": 'start: "größe" /<s>/ "<|end|>"'}, "größe<s><|end|>"),
 ]
 
 

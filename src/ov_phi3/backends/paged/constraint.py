@@ -10,6 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import json
+import re
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "ConstraintCompiler", "matches"]
 
 _CACHED = 64  # compiled grammars
+_ESCAPE = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 _ENCODED = 4096  # texts
 
 
@@ -229,7 +232,15 @@ def _grammar(kind: str, text: str, *, white_space: bool = False) -> str:
         return LLMatcher.grammar_from_json_schema(json.loads(text), defaults={"whitespace_flexible": white_space})
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
-    return LLMatcher.grammar_from_lark(any_to_lark(text))
+    return LLMatcher.grammar_from_lark(any_to_lark(_ESCAPE.sub(_unescaped, text)))
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    """An escape of one character without its zeros, which the conversion of EBNF (llguidance 1.9) would drop."""
+    code = int(match[1] or match[2] or "d800", 16)
+    if code > sys.maxunicode or 0xD800 <= code < 0xE000:
+        return match[0]  # an escaped backslash, a half of a pair, or no character
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)
 
 
 def matches(kind: str, text: str, reply: str) -> bool | None:
