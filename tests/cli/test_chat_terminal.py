@@ -221,6 +221,18 @@ def test_replies_are_wrapped_between_words(demo_int4: Path, device: str, code: s
         assert "abcdefg abcdefg abcdefg\r\n" in chat.raw
 
 
+def test_help_fits_a_narrow_terminal(demo_int4: Path, device: str, code: str, state: str) -> None:
+    with Terminal(["chat", str(demo_int4), "--device", device], columns=40, code=code, OV_PHI3_STATE=state) as chat:
+        chat.until(">")
+        start = len(chat.raw)
+        chat.type("/help\r")
+        chat.until("a slash. Ctrl-C stops a reply.")
+        plain = chat.raw[start:].replace("\x1b[2m", "").replace("\x1b[0m", "")
+        lines = plain[plain.index("show the commands") :].splitlines()
+        assert "/set [OPTION [VALUE]]" in lines
+        assert max(map(len, lines)) <= 40
+
+
 def test_a_long_prompt_shows_a_progress_bar(demo_int4: Path, device: str) -> None:
     options = ["--device", device, "--max-new-tokens", "4", "--prefill-chunk", "128"]
     with Terminal(["generate", str(demo_int4), "bread " * 500, *options]) as terminal:

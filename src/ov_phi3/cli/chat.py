@@ -7,18 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ov_phi3.backends.registry import backend_spec
 from ov_phi3.cli import preflight, terminal
-from ov_phi3.cli.commands import Completions
-from ov_phi3.cli.keyboard import reader
 from ov_phi3.cli.options import add_generation_options, generation_config
-from ov_phi3.cli.replies import printer
-from ov_phi3.cli.session import LOOP, Session
 from ov_phi3.cli.texts import StandardInput, checked_argument, read_text
 from ov_phi3.errors import ConfigError, Error
-from ov_phi3.system import devices
 
 if TYPE_CHECKING:
+    from ov_phi3.cli.session import Session
     from ov_phi3.generation.config import GenerationConfig
     from ov_phi3.pipeline import Pipeline
     from ov_phi3.prefix import Prefix
@@ -48,6 +43,9 @@ def add_chat(commands: Any) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    from ov_phi3.cli.replies import printer
+    from ov_phi3.cli.session import Session
+
     config = generation_config(args)
     system = _system(args)
     preflight.check_streams(config)
@@ -68,6 +66,9 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _talk(session: Session) -> None:
     """Read and answer messages until the input ends."""
+    from ov_phi3.cli.commands import Completions
+    from ov_phi3.cli.keyboard import reader
+
     messages = reader(Completions())
     session.help = messages.help
     if sys.stdin is not None and sys.stdin.isatty():
@@ -106,6 +107,10 @@ def _with_loop_stop(args: argparse.Namespace, config: GenerationConfig) -> tuple
     Raises:
         ConfigError: options that contradict each other, do not fit the model, or that no backend supports.
     """
+    from ov_phi3.backends.registry import backend_spec
+    from ov_phi3.cli.session import LOOP
+    from ov_phi3.system import devices
+
     saved = [args.prefix, args.load]
     backend = preflight.check_reply(args, config, saved)
     if config.stop_on_loop is not None or args.backend == "llm_pipeline":

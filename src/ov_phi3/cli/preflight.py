@@ -1,4 +1,7 @@
-"""Checks of a command's options before its model is loaded, which can take half a minute."""
+"""Checks of a command's options before its model is loaded, which can take half a minute.
+
+NumPy and the backends are imported when a check needs them: `ov-phi3 --help` and completion do without.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ov_phi3.backends.protocol import BACKENDS
-from ov_phi3.backends.registry import backend_spec, backends_with
 from ov_phi3.cli import terminal
-from ov_phi3.engine.limits import check_ids, seconds
 from ov_phi3.errors import ConfigError, SnapshotError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.contradictions import check_resolved
-from ov_phi3.kv import snapshot
-from ov_phi3.model.info import ModelInfo
 
 __all__ = ["check_files", "check_fits", "check_reply", "check_streams", "check_timeout", "contradict", "unused_seed"]
 
@@ -33,6 +32,9 @@ def check_reply(args: argparse.Namespace, config: GenerationConfig, saved: Seque
         ConfigError: options that contradict each other, do not fit the model, or that no backend supports.
         ModelError: the model directory cannot be used.
     """
+    from ov_phi3.backends.registry import backend_spec, backends_with
+    from ov_phi3.model.info import ModelInfo
+
     info = ModelInfo.from_dir(args.model)
     window = args.context_length or info.context_length
     properties = terminal.properties(args.ov_config)
@@ -56,6 +58,8 @@ def check_fits(config: GenerationConfig, window: int, vocab_size: int) -> None:
     Raises:
         ConfigError: a length beyond the context window, or an id beyond the vocabulary.
     """
+    from ov_phi3.engine.limits import check_ids
+
     for name in ("max_new_tokens", "min_new_tokens", "max_length"):
         if (value := getattr(config, name) or 0) > window - (name != "max_length"):
             raise ConfigError(f"{name}={value} does not fit the context window of {window} tokens, prompt included.")
@@ -81,6 +85,8 @@ def check_files(prefix: Path | None, chat: Path | None = None) -> None:
     Raises:
         SnapshotError: one is not.
     """
+    from ov_phi3.kv import snapshot
+
     for path, kind in ((prefix, "prefix"), (chat, "chat")):
         if path is None:
             continue
@@ -95,6 +101,8 @@ def check_timeout(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: it is not above 0.
     """
+    from ov_phi3.engine.limits import seconds
+
     if args.timeout is not None:
         seconds("timeout", args.timeout)
 
