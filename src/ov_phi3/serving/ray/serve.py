@@ -34,9 +34,11 @@ __all__ = ["deployment"]
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
 _TRIES = 5  # replicas that a request is sent to before it is given up
 _SESSION_HEADER = b"x-session-id"
+_REPLICA_HEADER = b"x-replica-id"
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 _HEALTH_S = 30.0
+_ENTRY_GRACE_S = 5.0  # the entry passes on what a replica sends while it is drained
 
 
 def deployment(
@@ -95,9 +97,19 @@ def deployment(
         {"concurrency": concurrency, **load_options},
     )
     most = max_queue + concurrency * (replicas if isinstance(replicas, int) else replicas[1])
-    entry = {"name": "Entry", "num_replicas": entries, "ray_actor_options": {"num_cpus": 0}}
     limit = int((app_options or {}).get("max_body_bytes", MAX_BODY_BYTES))
-    return serve.deployment(**entry, max_ongoing_requests=2 * most)(serve.ingress()(Entry)).bind(model, limit)
+    return serve.deployment(**_entry_options(entries, most, drain))(serve.ingress()(Entry)).bind(model, limit)
+
+
+def _entry_options(entries: int, most_requests: int, drain: float) -> dict[str, Any]:
+    """How Ray runs the entries."""
+    return {
+        "name": "Entry",
+        "num_replicas": entries,
+        "max_ongoing_requests": 2 * most_requests,  # the replicas' limits refuse what is too much
+        "graceful_shutdown_timeout_s": drain + _ENTRY_GRACE_S,
+        "ray_actor_options": {"num_cpus": 0},
+    }
 
 
 def _model_options(replicas: int | tuple[int, int], concurrency: int, *, sessions: bool) -> dict[str, Any]:
@@ -139,6 +151,7 @@ class Replica:
         self._prefixes = [self._pipe.load_prefix(file) for file in prefixes]
         self._app = create_app(self._pipe, **app_options)
         self._running = 0
+        self._id = str(serve.get_replica_context().replica_id.unique_id)
         self._pipe.warmup()
 
     async def respond(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
@@ -157,6 +170,8 @@ class Replica:
         task = asyncio.ensure_future(run())
         try:
             while (message := await messages.get()) is not None:
+                if message["type"] == "http.response.start":
+                    message = {**message, "headers": [*message["headers"], (_REPLICA_HEADER, self._id.encode())]}
                 yield message
             await task
         finally:
