@@ -44,6 +44,11 @@ NOT_RUN = {
         "needs a Ray cluster",
         "needs a Ray cluster; tests/serving/test_ray_serve.py runs it with two replicas and kills one",
     ],
+    "docs/recipes.md": [
+        "it is examples/web.py, which tests/project/test_recipes.py runs",
+        "it is examples/worker.py, which tests/project/test_recipes.py runs",
+        "llama-index-core installs sixty packages, too many for the test environment",
+    ],
     "docs/serving.md": ["needs a running server; tests/serving/test_openai_client.py runs this client against one"],
 }
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
@@ -127,7 +132,7 @@ def test_excluded_examples_are_few_and_listed_here() -> None:
         if (reasons := [block.not_run for block in python_blocks(page) if block.not_run])
     }
     assert excluded == NOT_RUN
-    assert sum(map(len, excluded.values())) <= 8
+    assert sum(map(len, excluded.values())) <= 9
 
 
 def test_an_example_that_fails_or_prints_something_else_is_detected(tmp_path: Path) -> None:
