@@ -59,7 +59,7 @@ def test_two_steps(demo: Pipeline, sampling: dict[str, Any]) -> None:
     assert (first.text, first.finish_reason) == ("", "tool_calls")
     check(first.tool_calls)
     messages = [USER, *answers(first.tool_calls)]
-    stream = demo.stream(messages, tools=TOOLS, tool_choice=ONLY_ADD, max_new_tokens=100, **sampling)
+    stream = demo.stream(messages, tools=TOOLS, tool_choice=ONLY_ADD, max_new_tokens=500, **sampling)
     chunks = list(stream)
     (call,) = stream.result.tool_calls
     assert call.name == "add"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ov_phi3.generation.config import GenerationConfig
 
-__all__ = ["unsupported_structure"]
+__all__ = ["obeyed_schema", "unsupported_structure"]
 
 # XGrammar writes these letters as "\xE4" and reads a hexadecimal digit behind them as part of the number.
 _MISREAD = re.compile("[\u0080-\u00ff][0-9a-fA-F]")
@@ -32,6 +32,9 @@ _ALONE = ("$ref", "anyOf", "allOf", "const", "enum")
 _BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 _NEEDS_TYPE = {"pattern": "string", "minLength": "string", "maxLength": "string", "format": "string"}
 _NEEDS_TYPE |= {**dict.fromkeys(("minItems", "maxItems"), "array"), **dict.fromkeys(_BOUNDS, "integer")}
+_HOLD_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_HOLD_SCHEMAS = frozenset({"additionalProperties", "unevaluatedProperties", "items", "prefixItems", "anyOf", "allOf"})
+_LONGEST = 200
 _FORMATS = ("date", "date-time", "uuid")
 # One character of a regular expression: an escape, a class, or a plain character.
 _ATOM = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[A-Za-z]|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
@@ -45,6 +48,34 @@ def unsupported_structure(config: GenerationConfig) -> str | None:
         return None
     problem = _problem(config, kind)
     return problem and f"{problem} Load with backend='infer_request' for it."
+
+
+@functools.lru_cache(64)
+def obeyed_schema(text: str) -> str:
+    """A schema whose texts of bounded length have a pattern instead, as XGrammar needs them.
+
+    It would allow control characters in them, which JSON does not. Above `_LONGEST` the pattern would take it seconds.
+    """
+    return json.dumps(_with_patterns(json.loads(text)), ensure_ascii=False)
+
+
+def _with_patterns(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_patterns(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    new = dict(schema)
+    for key in _HOLD_NAMED & schema.keys():
+        if isinstance(schema[key], dict):
+            new[key] = {name: _with_patterns(part) for name, part in schema[key].items()}
+    for key in _HOLD_SCHEMAS & schema.keys():
+        new[key] = _with_patterns(schema[key])
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    bounded = least or most != ""
+    if schema.get("type") == "string" and bounded and "pattern" not in schema and max(least, most or 0) <= _LONGEST:
+        new = {key: part for key, part in new.items() if key not in ("minLength", "maxLength")}
+        new["pattern"] = f'^[^"\\\\\\x00-\\x1f]{{{least},{most}}}$'
+    return new
 
 
 def _problem(config: GenerationConfig, kind: str) -> str | None:
@@ -104,15 +135,13 @@ def _schema_problems(schema: Any) -> Iterator[str]:
         if problem := _misread(literal):
             yield problem
     yield from _text_problems(schema)
-    for key in ("properties", "patternProperties", "$defs", "definitions"):
+    for key in _HOLD_NAMED:
         held = schema.get(key)
         for part in held.values() if isinstance(held, dict) else ():
             yield from _schema_problems(part)
-    for key in ("additionalProperties", "unevaluatedProperties", "items"):
-        yield from _schema_problems(schema.get(key))
-    for key in ("prefixItems", "anyOf", "allOf"):
+    for key in _HOLD_SCHEMAS:
         held = schema.get(key)
-        for part in held if isinstance(held, list) else ():
+        for part in held if isinstance(held, list) else [held]:
             yield from _schema_problems(part)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ov_phi3.backends.batching import Batch
 from ov_phi3.backends.genai_options import ASSISTED_OPTIONS, unsupported_options
-from ov_phi3.backends.genai_structure import unsupported_structure
+from ov_phi3.backends.genai_structure import obeyed_schema, unsupported_structure
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
 from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
@@ -346,7 +346,10 @@ class LLMPipelineBackend:
 
     def _convert(self, request: Request) -> Any:
         """GenAI's config without stop strings, which the engine matches, and with every end token as a stop id."""
-        config = request.config.replace(stop=None, include_stop=None).to_genai()
+        options: dict[str, Any] = {"stop": None, "include_stop": None}
+        if isinstance(request.config.json_schema, str):
+            options["json_schema"] = obeyed_schema(str(request.config.json_schema))
+        config = request.config.replace(**options).to_genai()
         config.stop_token_ids = request.stop_ids
         config.eos_token_id = request.end_ids[0] if request.end_ids else -1
         if self._assisted and all(getattr(request.config, name) is None for name in ASSISTED_OPTIONS):
