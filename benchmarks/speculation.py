@@ -1,11 +1,12 @@
 """What `speculation="auto"` gains on text that repeats its prompt, and costs on text that does not, in one run.
 
-    python benchmarks/speculation.py [MODEL] [--device CPU] [--temperature 0 1] [--repeat N] [--json FILE]
+    python benchmarks/speculation.py [MODEL] [--device CPU] [--temperature 0 1] [--minutes N] [--json FILE]
 
 Every reply is generated with and without speculation, in random order, on one pipeline; the figure is the median of the
 ratios of the time per token. The replies that repeat their prompt are given texts, which a logits processor enforces,
 so that any model gives them; the others are the model's own. Both kinds are also compared id by id, and replies with
-the same seed with each other. Without MODEL, the demo model is used.
+the same seed with each other. All texts take turns, until every text has `--repeat` pairs or the time is over; each has
+one pair at least. Without MODEL, the demo model is used.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ def forcing(prompt_tokens: int, reply: list[int]) -> Callable[[Any, Any], Any]:
     return force
 
 
-def run(pipe: ov_phi3.Pipeline, outcome: Outcome, prompt: str, reply: str, options: argparse.Namespace) -> None:
-    """Generate replies in pairs."""
+def run(
+    pipe: ov_phi3.Pipeline, outcome: Outcome, prompt: str, reply: str, options: argparse.Namespace, number: int
+) -> None:
+    """Generate a pair of replies; the one with number -1 is not measured."""
     rng = random.Random(f"{options.seed} {outcome.text}")
     ids = pipe.encode(prompt)
     config: dict[str, Any] = {"max_new_tokens": options.new_tokens, "ignore_eos": True}
@@ -86,19 +89,18 @@ def run(pipe: ov_phi3.Pipeline, outcome: Outcome, prompt: str, reply: str, optio
     config["temperature"] = outcome.temperature
     if outcome.temperature:
         config["seed"] = rng.randrange(2**32)
-    for number in range(-1, options.repeat):
-        results = {}
-        for kind in rng.sample(["off", "auto"], 2):
-            results[kind] = pipe.generate(ids, speculation=kind, **config)
-        outcome.replies.add(tuple(results["auto"].token_ids))
-        if number < 0:
-            continue
-        off, auto = results["off"].metrics, results["auto"].metrics
-        outcome.tpot.append((auto.tpot_ms or math.nan) / (off.tpot_ms or math.nan))
-        outcome.equal += results["off"].token_ids == results["auto"].token_ids
-        outcome.tokens_per_step.append(auto.tokens_per_step or math.nan)
-        outcome.drafted += auto.drafted_tokens or 0
-        outcome.accepted += auto.accepted_tokens or 0
+    results = {}
+    for kind in random.Random(f"{outcome.text} {number}").sample(["off", "auto"], 2):
+        results[kind] = pipe.generate(ids, speculation=kind, **config)
+    outcome.replies.add(tuple(results["auto"].token_ids))
+    if number < 0:
+        return
+    off, auto = results["off"].metrics, results["auto"].metrics
+    outcome.tpot.append((auto.tpot_ms or math.nan) / (off.tpot_ms or math.nan))
+    outcome.equal += results["off"].token_ids == results["auto"].token_ids
+    outcome.tokens_per_step.append(auto.tokens_per_step or math.nan)
+    outcome.drafted += auto.drafted_tokens or 0
+    outcome.accepted += auto.accepted_tokens or 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -109,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="of a model's own (default: 96)")
     parser.add_argument("--repeat", type=int, default=4, metavar="N", help="pairs per text (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="limit (default: %(default)s)")
     parser.add_argument("--only", choices=["repeating", "plain"], help="one kind of text")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     return parser.parse_args()
@@ -119,13 +122,19 @@ def measure(pipe: ov_phi3.Pipeline, options: argparse.Namespace) -> list[Outcome
     pipe.warmup(speculation="auto")
     texts = [(name, prompt, reply) for name, (prompt, reply) in REPEATING.items() if options.only != "plain"]
     texts += [(question, question, "") for question in PLAIN if options.only != "repeating"]
-    outcomes = []
-    for name, prompt, reply in texts:
-        for temperature in options.temperature:
-            progress(f"{name}, temperature {temperature:g}")
-            outcomes.append(Outcome(name, bool(reply), temperature))
-            run(pipe, outcomes[-1], prompt, reply, options)
-    return outcomes
+    works = [
+        (Outcome(name, bool(reply), temperature), prompt, reply)
+        for name, prompt, reply in texts
+        for temperature in options.temperature
+    ]
+    began = time.perf_counter()
+    for number in range(-1, options.repeat):
+        for outcome, prompt, reply in works:
+            if number > 0 and time.perf_counter() - began > 60.0 * options.minutes:
+                break
+            progress(f"pair {number + 1}: {outcome.text}, temperature {outcome.temperature:g}")
+            run(pipe, outcome, prompt, reply, options, number)
+    return [outcome for outcome, _, _ in works]
 
 
 def results(outcomes: list[Outcome]) -> str:

@@ -101,9 +101,11 @@ class Sampler:
                 scores[self._ends] = -np.inf
             for bans in self._bans:
                 scores[bans.banned()] = -np.inf
-        if allowed is not None:
-            scores = self._restrict(scores, logits, allowed)
         token = int(scores.argmax())
+        # The best token of all is also the best of the allowed ones, if it is allowed.
+        if allowed is not None and (config.do_sample or not (allowed[token] and scores[token] > -np.inf)):
+            scores = self._restrict(scores, logits, allowed)
+            token = int(scores.argmax())
         self._check_highest(scores[token])
         if config.do_sample:
             token = self._draw(scores)

@@ -22,6 +22,7 @@ STEP_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Rows of a step with drafts, the last known token included: few, since a CPU prepares kernels for each number."""
 
 _MOST_ROUNDS, _MEASURED_SECONDS = 8, 1.0
+_SAMPLES_OF_ONE = 4  # in a round: all other times are divided by that of one row
 
 _NGRAM_SIZES = (8, 4, 2, 1)  # of the index, the longest first
 _LONGEST = 32  # tokens of a match that are counted
@@ -92,7 +93,8 @@ def measure_step_costs(seconds_of: Callable[[int], float]) -> StepCosts:
     while rounds < _MOST_ROUNDS and (not rounds or time.perf_counter() - began < _MEASURED_SECONDS):
         for rows in STEP_ROWS:
             seconds_of(rows)  # the first of a number of rows changes over to it, and the very first prepares kernels
-            best[rows] = min(best[rows], seconds_of(rows))
+            for _ in range(_SAMPLES_OF_ONE if rows == 1 else 1):
+                best[rows] = min(best[rows], seconds_of(rows))
             if rows > 1:
                 back[rows] = min(back[rows], seconds_of(1))
         rounds += 1
