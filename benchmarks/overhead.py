@@ -37,7 +37,7 @@ PARTS = {
     "whether the reply is wanted": ("paged.group:Group.wanted",),
     "set the inputs": ("paged.model_runner:_Inputs.fill",),
     PASS: ("paged.model_runner:ModelRunner._infer",),
-    "get the logits": ("paged.model_runner:ModelRunner.run",),
+    "get the output": ("paged.model_runner:ModelRunner.run",),
     "note what is cached": ("paged.prefix_store:PrefixStore.register_full_blocks",),
     "choose a token": ("sampling:Sampler.choose", "paged.token_chooser:TokenChooser.choose"),
     "which tokens the structure allows": (
