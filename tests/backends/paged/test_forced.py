@@ -56,7 +56,7 @@ def test_random_structures(request: pytest.FixtureRequest, name: str, speculatio
         assert metrics.steps + metrics.accepted_tokens + metrics.forced_tokens == len(reply.token_ids)
         forced += metrics.forced_tokens
     paged.blocks_of(pipe)
-    assert forced > 30
+    assert forced > 10
 
 
 @pytest.mark.parametrize(
