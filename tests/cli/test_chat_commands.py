@@ -266,17 +266,36 @@ def test_markdown_is_printed_once_and_whole(step: int) -> None:
     for start in range(0, len(MARKDOWN), step):
         rendered.feed(MARKDOWN[start : start + step])
     rendered.end()
-    lines = [line for line in out.getvalue().splitlines() if line]
+    lines = out.getvalue().splitlines()
     assert lines == [
         "Title",
+        "",
         "A List<int> and a List<int> with bold.",
         "Second line.",
+        "",
         " 1 one",
         " 2 two",
+        "",
         "def f():",
         "    return 1",
+        "",
         " a  b",
-        lines[8],
+        lines[12],
         " 1  2",
+        "",
         "The end.",
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["[a]: http://x.y", "<b>bold</b>", "<!-- note -->", "a <br> b", "&lt; \\* 5 * 3 * 2", "1) one"]
+)
+def test_no_text_is_lost_in_markdown(text: str) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    rendered = Rendered(Console(file=out, width=60, highlight=False))
+    rendered.feed(text)
+    rendered.end()
+    letters = [character for character in text.replace("&lt;", "<") if character.isalnum() or character in "<>"]
+    assert [character for character in out.getvalue() if character.isalnum() or character in "<>"] == letters

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Rendered"]
 
 _FRAME_S = 1 / 15
-# HTML is text: rich would leave it out, and with it the "<int>" of "List<int>" in a sentence.
-_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+# No part of a reply is left out: HTML is text (the "<int>" of "List<int>" in a sentence), and so are link definitions.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 
 
 class _PlainHeading(Heading):
@@ -94,6 +94,18 @@ def _stripped(line: list[Segment]) -> list[Segment]:
     return [*line[:-1], Segment(last.text.rstrip(" "), last.style, last.control)]
 
 
+def _blocks(text: str) -> list[str]:
+    """The blocks of a Markdown text, each with the empty lines behind it; one at least.
+
+    Rich puts one empty line or several between blocks, so that each is printed by itself.
+    """
+    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+    lines = text.split("\n")
+    ends = [*starts[1:], len(lines)]
+    blocks = ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends, strict=True)]
+    return [f"{block}\n" for block in blocks[:-1]] + blocks[-1:]
+
+
 class Rendered:
     """Prints replies as Markdown.
 
@@ -126,18 +138,17 @@ class Rendered:
             self._live.update("")
             self._live.stop()
             self._live = None
-        self._print(self._text)
+        for block in _blocks(self._text):
+            self._print(block)
         self._text, self._printed, self._next_frame = "", False, 0.0
 
     def _print_final(self) -> None:
         """Print the blocks behind which another one has begun, by the lines that are complete."""
-        whole = self._text[: self._text.rfind("\n") + 1]
-        starts = [token.map[0] for token in _PARSER.parse(whole) if token.level == 0 and token.map is not None]
-        if not starts or starts[-1] == 0:
-            return
-        lines = self._text.split("\n")
-        self._print("\n".join(lines[: starts[-1]]))
-        self._text = "\n".join(lines[starts[-1] :])
+        complete = self._text.rfind("\n") + 1
+        *final, last = _blocks(self._text[:complete])
+        for block in final:
+            self._print(block)
+        self._text = last + self._text[complete:]
 
     def _print(self, text: str) -> None:
         if not text.strip():
