@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ov_phi3.serving.app import create_app
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["create_app"]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "create_app":
-        raise AttributeError(f"module 'ov_phi3.serving' has no attribute {name!r}")
-    from ov_phi3.serving.extras import check_installed
+if not TYPE_CHECKING:  # with it, type checkers would take any name for one of ours
 
-    check_installed()
-    from ov_phi3.serving.app import create_app
+    def __getattr__(name: str) -> object:
+        if name != "create_app":
+            raise AttributeError(f"module 'ov_phi3.serving' has no attribute {name!r}")
+        from ov_phi3.serving.extras import check_installed
 
-    return create_app
+        check_installed()
+        from ov_phi3.serving.app import create_app
+
+        return create_app
