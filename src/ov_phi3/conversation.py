@@ -123,7 +123,9 @@ class TurnEncoder:
         if not conversation.turns:
             return Added(self.first(conversation.system, new))
         tokenizer, history = self._tokenizer, conversation.answered
-        segments = tokenizer.template.continuation(new, history)
+        # With its tools: a template may write the system message, which describes them, into the last turn.
+        described = describe_tools(history, tokenizer, self._tools) if self._tools is not None else history
+        segments = tokenizer.template.continuation(new, described)
         if segments is None:
             return Added(self.first((), [*history, *new]), True)
         if segments and not segments[0].control:  # text right behind the reply

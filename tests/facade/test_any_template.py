@@ -173,3 +173,18 @@ def test_a_models_defaults_never_break_a_call(tiny_fp32: Path, device: str, tmp_
         assert result.metrics.prompt_tokens + 12 > 20
         assert result.config.top_k == 5
         assert [*pipe.stream("Hi", max_new_tokens=2)]
+
+
+def test_tools_of_a_chat_stay_where_the_template_writes_the_system_message(tiny_fp32: Path, device: str) -> None:
+    """Without its tools, the conversation would look as if nothing moved into the last turn."""
+    add = {"name": "add", "description": "Add two numbers.", "parameters": {"type": "object", "properties": {}}}
+    source = SYSTEM_LAST.replace("(s + ' ' if loop.last else '')", "(s if loop.last else '')")
+    template = ov_phi3.ChatTemplate.from_jinja(source)
+    with ov_phi3.load(tiny_fp32, device, backend="infer_request", template=template) as pipe:
+        chat = pipe.chat(tools=[add])
+        chat.send("One", tool_choice="none", max_new_tokens=3)
+        second = chat.send("Two", tool_choice="none", max_new_tokens=3)
+        text = pipe.tokenizer.decode(second.prompt_token_ids)
+        assert text.count("Add two numbers.") == 1
+        assert text.index("Add two numbers.") > text.index("One")
+        assert second.prompt_token_ids == pipe.encode(chat.messages[:3], tools=[add]).tolist()
