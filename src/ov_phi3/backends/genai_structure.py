@@ -34,7 +34,7 @@ _NEEDS_TYPE = {"pattern": "string", "minLength": "string", "maxLength": "string"
 _NEEDS_TYPE |= {**dict.fromkeys(("minItems", "maxItems"), "array"), **dict.fromkeys(_BOUNDS, "integer")}
 _HOLD_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _HOLD_SCHEMAS = frozenset({"additionalProperties", "unevaluatedProperties", "items", "prefixItems", "anyOf", "allOf"})
-_LONGEST = 200
+_LONGEST, _LARGEST = 200, 100_000
 _FORMATS = ("date", "date-time", "uuid")
 # One character of a regular expression: an escape, a class, or a plain character.
 _ATOM = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[A-Za-z]|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
@@ -95,8 +95,11 @@ def _problem_of_text(kind: str, text: str) -> str | None:
     if kind == "grammar":
         return _misread(_ESCAPED.sub(lambda match: chr(int(match[1] or match[2] or match[3], 16)), text))
     if kind == "json_schema":
+        if len(text) > _LARGEST:
+            return f"has {len(text)} characters: backend='llm_pipeline' takes up to {_LARGEST} in a reasonable time."
         try:
-            return next(_schema_problems(json.loads(text)), None)
+            schema = json.loads(text)
+            return next(_schema_problems(schema), None) or next(_reference_problems(schema, schema), None)
         except RecursionError:
             return "is nested too deeply for backend='llm_pipeline'."
     return _misread_regex(text)
@@ -143,6 +146,29 @@ def _schema_problems(schema: Any) -> Iterator[str]:
         held = schema.get(key)
         for part in held if isinstance(held, list) else [held]:
             yield from _schema_problems(part)
+
+
+def _reference_problems(schema: Any, root: dict[str, Any]) -> Iterator[str]:
+    """References out of the schema, which allow anything, and circles of references, which never end."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _reference_problems(part, root)
+    elif isinstance(schema, dict):
+        seen: list[str] = []
+        at: Any = schema
+        while isinstance(at, dict) and isinstance(target := at.get("$ref"), str):
+            if not target.startswith("#"):
+                yield f"refers to {target!r}, which backend='llm_pipeline' would not look up."
+                break
+            if target in seen:
+                yield f"refers to {target!r} in a circle, which backend='llm_pipeline' would never leave."
+                break
+            seen.append(target)
+            at = root
+            for name in target[1:].split("/")[1:]:
+                at = at.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(at, dict) else None
+        for part in schema.values():
+            yield from _reference_problems(part, root)
 
 
 def _keyword_problems(schema: dict[str, Any]) -> Iterator[str]:

@@ -260,6 +260,8 @@ def matches(kind: str, text: str, reply: str) -> bool | None:
         return None
     data = list(reply.encode())
     consumed = matcher.try_consume_tokens(data)
+    if matcher.is_error():
+        return None  # too complex
     return bool(consumed == len(data) and matcher.is_accepting())
 
 
