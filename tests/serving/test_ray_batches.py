@@ -20,7 +20,7 @@ from ov_phi3.serving.properties import EXACT
 from ov_phi3.serving.ray import BatchGenerator, fetch_model
 
 SYSTEM = "You are a helpful assistant, and you answer briefly. " * 6
-OPTIONS = {"max_new_tokens": 4, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+OPTIONS = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 20, "seed": 3, "ignore_eos": True}
 
 
 def column(values: list[Any]) -> np.ndarray[Any, Any]:
