@@ -98,6 +98,15 @@ def test_the_budget_is_rounded_down_by_half_at_most(decodes: int, budget: int) -
     assert (decodes + chunk) % 2 ** max(0, (decodes + chunk).bit_length() - 3) == 0 or chunk == budget
 
 
+def test_a_budget_that_varies_a_little_gives_steps_of_one_size() -> None:
+    world = World(4096)
+    world.add(FakeGroup(0, prompt(2), [400]))
+    world.step()
+    world.add(FakeGroup(1, prompt(4000, 1), [9]))
+    chunks = [world.step(budget=budget)[-1][1] for budget in (31, 30, 35, 33, 39, 29, 27, 33, 60, 31)]
+    assert chunks == [31, 27, 27, 27, 39, 27, 27, 27, 55, 31]
+
+
 def test_the_budget_goes_to_the_prompt_that_came_first() -> None:
     world = World(64)
     world.add(FakeGroup(0, prompt(3), [20]))

@@ -57,6 +57,7 @@ class Scheduler:
         self.waiting: deque[Group] = deque()
         self.running: list[Group] = []
         self.preemptions = 0
+        self._mixed = 0  # tokens of the last step with decodes and prefill
 
     @property
     def groups(self) -> list[Group]:
@@ -87,7 +88,7 @@ class Scheduler:
         for group in list(self.running):
             if group in self.running and _is_decoding(group):  # it may have been preempted for an earlier one
                 self._schedule_decode(group, step)
-        budget = _rounded_budget(len(step), budget) if step else self._chunk or 2**31
+        budget = self._steady_budget(len(step), budget) if step else self._chunk or 2**31
         for group in list(self.running):
             if group in self.running and not _is_decoding(group):
                 budget -= self._schedule_prefill(group, step, budget)
@@ -100,6 +101,17 @@ class Scheduler:
             self._admit(group)
             budget -= self._schedule_prefill(group, step, budget)
         return [(group, self._with_drafts(group, part)) for group, part in step]
+
+    def _steady_budget(self, decodes: int, budget: int) -> int:
+        """At most `budget` prefill tokens: as many as in the last such step if that uses most of the budget.
+
+        A pass with another number of tokens than the one before takes longer, since the CPU plugin prepares every node
+        again (openvino 2026.4.1; `benchmarks/overhead.py`).
+        """
+        rounded = _rounded_budget(decodes, budget)
+        if not 0.75 * rounded <= self._mixed - decodes <= budget:
+            self._mixed = decodes + rounded
+        return self._mixed - decodes
 
     def _fits(self, group: Group) -> bool:
         """Whether there are blocks for a waiting group's sequences, so that it is not preempted at once.
