@@ -117,15 +117,13 @@ class TurnEncoder:
     def added(self, conversation: Conversation, new: Sequence[ChatMessage]) -> Added:
         """What messages add to a conversation.
 
-        Behind a reply, these are the template's end of the reply and the new messages. A template that writes earlier
-        turns otherwise by now, for instance without their reasoning, gives the whole prompt instead.
+        Behind a reply: the template's end of the reply and the new messages. A template that writes earlier turns
+        otherwise by now, for instance without their reasoning, gives the whole prompt instead.
         """
         if not conversation.turns:
             return Added(self.first(conversation.system, new))
-        tokenizer, history = self._tokenizer, conversation.answered
-        # With its tools: a template may write the system message, which describes them, into the last turn.
-        described = describe_tools(history, tokenizer, self._tools) if self._tools is not None else history
-        segments = tokenizer.template.continuation(new, described)
+        tokenizer, history, tools = self._tokenizer, conversation.answered, self._tools
+        segments = tokenizer.template.continuation(new, describe_tools(history, tokenizer, tools) if tools else history)
         if segments is None:
             return Added(self.first((), [*history, *new]), True)
         if segments and not segments[0].control:  # text right behind the reply
