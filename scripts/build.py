@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 # hatchling and all that it needs, by the names in the lock.
 BACKEND = ("hatchling", "packaging", "pathspec", "pluggy", "tomli", "trove-classifiers")
 VERSION = ROOT / "src" / "ov_phi3" / "_version.py"
-IN_ARCHIVE = ("pyproject.toml", "README.md", "LICENSE", "src/ov_phi3/__init__.py", "scripts/test.py", "examples/ask.py")
+IN_ARCHIVE = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "src/ov_phi3/__init__.py",
+    "scripts/test.py",
+    "docs/examples/ask.py",
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -74,7 +74,7 @@ def print_next_steps(venv: Path, model: Path, device: str) -> None:
     command = venv_command(venv, "ov-phi3")
     print("\nWhat to try next")
     print(f"  talk to it:    {_quoted(command, 'chat', model, '--device', device)}")
-    print(f"  from Python:   {_quoted(venv_python(venv), ROOT / 'examples' / 'ask.py')}")
+    print(f"  from Python:   {_quoted(venv_python(venv), ROOT / 'docs' / 'examples' / 'ask.py')}")
     print(f"  run the tests: {_quoted('python', ROOT / 'scripts' / 'test.py')}")
 
 

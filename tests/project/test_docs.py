@@ -45,8 +45,8 @@ NOT_RUN = {
         "needs a Ray cluster; tests/serving/test_ray_serve.py runs it with two replicas and kills one",
     ],
     "docs/recipes.md": [
-        "it is examples/web.py, which tests/project/test_recipes.py runs",
-        "it is examples/worker.py, which tests/project/test_recipes.py runs",
+        "it is docs/examples/web.py, which tests/project/test_recipes.py runs",
+        "it is docs/examples/worker.py, which tests/project/test_recipes.py runs",
         "llama-index-core installs sixty packages, too many for the test environment",
     ],
     "docs/serving.md": ["needs a running server; tests/serving/test_openai_client.py runs this client against one"],

@@ -17,11 +17,11 @@ SOURCES = sorted(path for folder in ("src", "scripts", "benchmarks") for path in
 
 def test_the_first_program_is_the_one_that_the_command_runs() -> None:
     first, *_ = python_blocks(README)
-    program = (ROOT / "examples" / "ask.py").read_text(encoding="utf-8")
+    program = (ROOT / "docs" / "examples" / "ask.py").read_text(encoding="utf-8")
     assert program.endswith(first.text)
     commands = [block.text for block in blocks(README) if block.language in ("bash", "powershell")]
-    assert "python scripts/quickstart.py\n.venv/bin/python examples/ask.py\n" in commands[0]
-    assert "examples\\ask.py" in commands[1]
+    assert "python scripts/quickstart.py\n.venv/bin/python docs/examples/ask.py\n" in commands[0]
+    assert "docs\\examples\\ask.py" in commands[1]
 
 
 def test_the_programs_load_the_model_where_quickstart_puts_it(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_programs_load_the_model_where_quickstart_puts_it(tmp_path: Path) ->
 def test_the_interpreter_of_the_first_command_is_the_one_that_quickstart_makes() -> None:
     default = re.search(r'"--venv", type=Path, default=ROOT / "(.+?)"', Path(quickstart.__file__).read_text("utf-8"))
     assert default is not None
-    assert f"{default[1]}/bin/python examples/ask.py" in README.read_text(encoding="utf-8")
+    assert f"{default[1]}/bin/python docs/examples/ask.py" in README.read_text(encoding="utf-8")
 
 
 def test_it_says_where_its_figures_come_from_and_none_is_of_a_gpu() -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from pages import DOCS, ROOT, python_blocks
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 
 
 def test_the_page_shows_the_files() -> None:
     shown = {
         match[1]: block.text
         for block in python_blocks(DOCS / "recipes.md")
-        if (match := re.match(r"it is examples/(\w+\.py)", block.not_run or ""))
+        if (match := re.match(r"it is docs/examples/(\w+\.py)", block.not_run or ""))
     }
     assert set(shown) == {path.name for path in EXAMPLES.glob("*.py")} - {"ask.py"}
     for name, text in shown.items():
