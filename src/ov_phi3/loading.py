@@ -46,7 +46,7 @@ __all__ = ["load"]
 
 _MAX_CONCURRENCY = 256
 _DEFAULT_BACKEND = "llm_pipeline"
-_DEFAULT_CONCURRENT_BACKEND = "infer_request"  # several times the tokens per second of GenAI's batching
+_DEFAULT_CONCURRENT_BACKEND = "infer_request"  # about as fast as GenAI's batching, and holds up no running reply
 _LARGE_MODEL = 2**30  # bytes of weights
 _DEFAULT_ASSISTED_TOKENS = 5  # candidates per step of prompt lookup and draft models; GenAI's own default
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})

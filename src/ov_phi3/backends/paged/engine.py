@@ -122,7 +122,7 @@ class PagedEngine:
         """Schedule, run, deliver."""
         self._drop_unwanted()
         try:
-            step = self._scheduler.schedule(self._pace.prefill_budget)
+            step = self._scheduler.schedule(self._pace.prefill_budget(*self._scheduler.load()))
         except OutOfBlocks as exc:
             self._end(self._scheduler.running[-1], exc)
             return

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pace"]
 
-_MAX_STRETCH = 2.0  # a step with prefill takes at most this many times as long as one without
+_STRETCH = 2.0  # a step with prefill takes at most this many times as long as one without
+_MAX_STRETCH = 6.0  # the same where more requests wait for their prompts than would wait for the step
 _FIRST_BUDGET = 16  # tokens, until the times are known
 _MAX_BUDGET = 2048
 _MIN_BUDGET = 8  # a smaller chunk is hardly faster; and of single tokens no prefill time could be learned
@@ -25,12 +26,18 @@ class Pace:
         self._decode_s: float | None = None
         self._prefill_token_s: float | None = None
 
-    @property
-    def prefill_budget(self) -> int:
-        """Most prefill tokens in a step that also decodes."""
+    def prefill_budget(self, decoding: int = 1, prefilling: int = 1) -> int:
+        """Most prefill tokens in a step that also decodes.
+
+        Args:
+            decoding: requests that have a reply; their next token comes with the step.
+            prefilling: requests whose first token is waited for. If they are the majority, the step may take longer in
+                their favour.
+        """
         if self._decode_s is None or self._prefill_token_s is None:
             return _FIRST_BUDGET
-        room_s = (_MAX_STRETCH - 1.0) * self._decode_s
+        stretch = min(max(_STRETCH, 1.0 + prefilling / max(1, decoding)), _MAX_STRETCH)
+        room_s = (stretch - 1.0) * self._decode_s
         if room_s >= _MAX_BUDGET * self._prefill_token_s:
             return _MAX_BUDGET
         return max(_MIN_BUDGET, int(room_s / self._prefill_token_s))

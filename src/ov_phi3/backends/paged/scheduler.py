@@ -64,6 +64,11 @@ class Scheduler:
         """All groups."""
         return [*self.running, *self.waiting]
 
+    def load(self) -> tuple[int, int]:
+        """How many groups decode, and how many are not yet prefilled."""
+        decoding = sum(map(_is_decoding, self.running))
+        return decoding, len(self.running) + len(self.waiting) - decoding
+
     def add(self, group: Group) -> None:
         """Add a group at the end."""
         self.waiting.append(group)
