@@ -68,8 +68,8 @@ def encode_prompt(
         raise TypeError("prompt is a dict; a conversation is a list of {'role', 'content'} dicts")
     elif isinstance(prompt, Sequence) and any(isinstance(item, str) for item in prompt):
         raise TypeError(
-            "prompt is a list of strings; one call answers one prompt. Call generate() once for each of them "
-            "(load(concurrency=...) runs several at once), or give one list of {'role', 'content'} dicts."
+            "prompt is a list of strings; one call answers one prompt. For a reply to each of them use "
+            "generate_many(prompts); one conversation is a list of {'role', 'content'} dicts."
         )
     elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
         ids = as_ids(prompt, vocab_size)
