@@ -157,7 +157,7 @@ def test_a_long_prompt_is_cancelled_between_two_steps(tiny_fp32: Path, device: s
     with ov_phi3.load(tiny_fp32, device=device, concurrency=2, prefill_chunk=32, backend="llm_pipeline") as pipe:
         turns: list[int] = []
         ready = threading.Event()
-        backend: Any = pipe.engine.check_open()
+        backend: Any = pipe.engine.check_open()._backend  # type: ignore[attr-defined]
         step = backend._batch._step
 
         def counted(handle: Any) -> None:
