@@ -226,7 +226,7 @@ def test_the_advised_packages_are_those_of_the_export_extra() -> None:
 KILLABLE = """
 import sys
 from ov_phi3.exporting import exporter, job
-exporter.check_installed = lambda flags: None
+exporter.check_installed = lambda *_, **__: None
 job.OPTIMUM_CLI = '''
 import threading
 from pathlib import Path
@@ -247,11 +247,13 @@ def test_a_killed_export_leaves_nothing(hf: Path, tmp_path: Path, how: str) -> N
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     command = [sys.executable, "-c", KILLABLE.format(fifo=str(fifo)), str(hf), str(tmp_path / "out")]
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # a process that fails before it writes holds up nothing
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            with fifo.open() as alive:
+            with os.fdopen(reading) as alive:
                 assert any(line == "half written\n" for line in process.stdout)
+                os.set_blocking(reading, True)
                 (half,) = tmp_path.glob(".out.*/model")
                 with pytest.raises(ModelError, match="has not finished"):
                     ModelInfo.from_dir(half)
