@@ -124,7 +124,8 @@ class TestExact:
         for seed in range(4):
             stream = pipe.stream(prompt, max_new_tokens=60, temperature=1.5, seed=seed, ignore_eos=True)
             shown = [c.text for c in stream]
-            assert "".join(shown) == stream.result.text == pipe.tokenizer.decode(stream.result.token_ids)
+            whole = pipe.tokenizer.decode(stream.result.token_ids, final=False)  # cut off: half a character may end it
+            assert "".join(shown) == stream.result.text == whole
 
     def test_metrics_hold_together(self, pipe: Pipeline) -> None:
         result = pipe.generate("Write about the sea.", max_new_tokens=24, ignore_eos=True)
