@@ -25,13 +25,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _environment import BootstrapError, demo_model, run_installed
+from _environment import demo_model, run_installed
 
 if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, measured_device, progress, refusal, write_json
+from _common import add_model_arguments, check, exit_with, measured_device, progress, write_json
 from ov_phi3.bench.table import table
 
 TEXT = Path(__file__).with_name("alice.txt")
@@ -306,21 +306,14 @@ def main() -> int:
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
     began = time.perf_counter()
-    try:
-        others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
-        if problem := refusal(options, needs_model=False):
-            print(f"levers.py: {problem}", file=sys.stderr)
-            return 2
-        if options.model is None:
-            options.model = demo_model("int4")
-            others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
-        outcomes = [] if options.only == ["start"] else measure(options, others)
-        started = starts(options) if not options.only or "start" in options.only else []
-    except (ov_phi3.Error, BootstrapError) as error:
-        print(f"levers.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
+    check(options, needs_model=False)
+    if options.model is None:
+        options.model = demo_model("int4")
+        others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
+    outcomes = [] if options.only == ["start"] else measure(options, others)
+    started = starts(options) if not options.only or "start" in options.only else []
+    progress("")
     device = measured_device(options)
     print(f"{ov_phi3.Machine.here()}\n{options.model} on {device}\n\n{tables(outcomes, started)}")
     if options.json:

@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from _environment import BootstrapError, demo_model, run_installed
+from _environment import demo_model, run_installed
 
 if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, exit_with, measured_device, progress, refusal, write_json
+from _common import add_model_arguments, check, exit_with, measured_device, progress, write_json
 from ov_phi3.bench.table import table
 
 PASS = "the model's pass"
@@ -122,17 +121,10 @@ def main() -> int:
     """Measure, print the table, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    try:
-        if problem := refusal(options, needs_model=False):
-            print(f"overhead.py: {problem}", file=sys.stderr)
-            return 2
-        options.model = options.model or demo_model("int4")
-        steps = measure(options)
-    except (ov_phi3.Error, BootstrapError) as error:
-        print(f"overhead.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options, needs_model=False)
+    options.model = options.model or demo_model("int4")
+    steps = measure(options)
+    progress("")
     quarter = max(1, len(steps) // 4)
     rows = [("part", "first quarter, us", "last quarter, us")]
     for part in PARTS:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from _environment import BootstrapError, demo_model, run_installed
+from _environment import demo_model, run_installed
 
 if __name__ == "__main__":
     run_installed()
@@ -32,11 +31,11 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
+    check,
     exit_with,
     load_options,
     measured_device,
     progress,
-    refusal,
     write_json,
 )
 from _speculation_texts import PLAIN, REPEATING
@@ -169,18 +168,11 @@ def main() -> int:
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
     began = time.perf_counter()
-    try:
-        if problem := refusal(options, needs_model=False):
-            print(f"speculation.py: {problem}", file=sys.stderr)
-            return 2
-        options.model = options.model or demo_model("int4")
-        with ov_phi3.load(options.model, backend="infer_request", **load_options(options)) as pipe:
-            outcomes = measure(pipe, options)
-    except (ov_phi3.Error, BootstrapError) as error:
-        print(f"speculation.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options, needs_model=False)
+    options.model = options.model or demo_model("int4")
+    with ov_phi3.load(options.model, backend="infer_request", **load_options(options)) as pipe:
+        outcomes = measure(pipe, options)
+    progress("")
     device = measured_device(options)
     print(f"{ov_phi3.Machine.here()}\n{options.model} on {device}\n\n{results(outcomes)}")
     if options.json:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
 
-from _environment import BootstrapError, demo_model, run_installed
+from _environment import demo_model, run_installed
 
 if __name__ == "__main__":
     run_installed()
@@ -26,11 +25,11 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
+    check,
     exit_with,
     load_options,
     measured_device,
     progress,
-    refusal,
     write_json,
 )
 from ov_phi3.bench.table import table
@@ -90,17 +89,10 @@ def main() -> int:
     """Measure, print the table, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    try:
-        if problem := refusal(options, needs_model=False):
-            print(f"structured.py: {problem}", file=sys.stderr)
-            return 2
-        options.model = options.model or demo_model("int4")
-        outcomes = measure(options)
-    except (ov_phi3.Error, BootstrapError) as error:
-        print(f"structured.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        progress("")
+    check(options, needs_model=False)
+    options.model = options.model or demo_model("int4")
+    outcomes = measure(options)
+    progress("")
     rows = [("with a schema over without", "median", "quartiles")]
     for name, pairs in outcomes.items():
         for figure in pairs[0]:
