@@ -52,8 +52,7 @@ def _chat(args: argparse.Namespace) -> int:
     preflight.check_files(args.prefix, args.load)
     config, backend = _with_loop_stop(args, config)
     with terminal.load(args, backend) as pipe:
-        if (unused := preflight.unused_seed(config, pipe.defaults)) is not None:
-            terminal.note(f"warning: {unused}")
+        preflight.warn_of_unused_seed(config, pipe.defaults)
         prefix = None if args.prefix is None else _load_prefix(pipe, args.prefix, system)  # noqa: F841 - a live Prefix stays cached
         chat = pipe.chat(system=system, overflow=args.overflow)
         session = Session(pipe, printer(plain=args.plain), dict(config.given), chat)

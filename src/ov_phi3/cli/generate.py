@@ -61,8 +61,7 @@ def _generate(args: argparse.Namespace) -> int:
     preflight.check_files(args.prefix)
     backend = preflight.check_reply(args, config, [args.prefix])
     with terminal.load(args, backend) as pipe:
-        if (unused := preflight.unused_seed(config, pipe.defaults)) is not None:
-            terminal.note(f"warning: {unused}")
+        preflight.warn_of_unused_seed(config, pipe.defaults)
         return _reply(args, pipe, prompt, config)
 
 

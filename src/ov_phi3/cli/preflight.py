@@ -15,7 +15,15 @@ from ov_phi3.errors import ConfigError, SnapshotError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.contradictions import check_resolved
 
-__all__ = ["check_files", "check_fits", "check_reply", "check_streams", "check_timeout", "contradict", "unused_seed"]
+__all__ = [
+    "check_files",
+    "check_fits",
+    "check_reply",
+    "check_streams",
+    "check_timeout",
+    "contradict",
+    "warn_of_unused_seed",
+]
 
 _SAVED_AS = {"prefix": "--prefix takes it", "chat": "`ov-phi3 chat --load` takes it"}
 
@@ -123,13 +131,15 @@ def contradict(args: argparse.Namespace, pairs: Sequence[tuple[str, str, str]]) 
             raise ConfigError(f"{flags[0]} and {flags[1]} contradict each other: {reason}.")
 
 
-def unused_seed(config: GenerationConfig, defaults: GenerationConfig) -> str | None:
-    """A sentence about a seed that has no effect, or None.
+def warn_of_unused_seed(config: GenerationConfig, defaults: GenerationConfig) -> None:
+    """Print a warning about a seed that has no effect.
 
     Args:
         config: the options of the command line.
         defaults: the model's own options.
     """
-    if config.seed is None or config.merged_over(defaults).samples:
-        return None
-    return f"--seed {config.seed} has no effect: the reply is greedy. Sampling begins with --temperature, for instance."
+    if config.seed is not None and not config.merged_over(defaults).samples:
+        terminal.note(
+            f"warning: --seed {config.seed} has no effect: the reply is greedy. "
+            "Sampling begins with --temperature, for instance."
+        )
