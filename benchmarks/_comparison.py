@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ov_phi3 import DeviceInfo, Machine, ModelInfo, Roofline, Summary
@@ -31,23 +32,37 @@ class Run:
 
     Attributes:
         peers: names of all peers.
-        samples: by figure, by peer: one value per repetition, None where a peer has none.
+        values: by figure, by repetition, by peer: the measured values.
+        bandwidths: memory bandwidth, measured between the peers, bytes per second.
+        traffic: by peer, the bytes of weights that a token reads, and of KV cache for each token before it.
         dropped: peers that were not measured, each with the reason.
         ids: by peer, the ids of every reply, to compare them with ours.
         versions: by peer, its package versions.
     """
 
     peers: tuple[str, ...]
-    samples: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    values: dict[str, dict[tuple[int, int], dict[str, float | None]]] = field(default_factory=dict)
+    bandwidths: list[float] = field(default_factory=list)
+    traffic: dict[str, tuple[int, float]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     ids: dict[str, list[list[int]]] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def add(self, figure: str, values: Mapping[str, float | None]) -> None:
-        """Add one repetition of a figure: a value per peer."""
-        rows = self.samples.setdefault(figure, {peer: [] for peer in self.peers})
-        for peer, row in rows.items():
-            row.append(values.get(peer))
+    def add(self, figure: str, values: Mapping[str, float | None], at: tuple[int, int]) -> None:
+        """Add values of a figure, by peer, at a round and repetition; peers may come one after another."""
+        self.values.setdefault(figure, {}).setdefault(at, {}).update(values)
+
+    @property
+    def samples(self) -> dict[str, dict[str, list[float | None]]]:
+        """By figure, by peer: one value per repetition, None where a peer has none."""
+        return {
+            figure: {peer: [row.get(peer) for row in rows.values()] for peer in self.peers}
+            for figure, rows in self.values.items()
+        }
+
+    def rooflines(self) -> dict[str, Roofline]:
+        """By peer, the limit that memory bandwidth (the median of the run) sets to its files."""
+        return {peer: Roofline(median(self.bandwidths), *traffic) for peer, traffic in self.traffic.items()}
 
 
 @dataclass(frozen=True)
@@ -76,10 +91,15 @@ class Figure:
         """The summary of one peer's values."""
         return Summary.of(self.samples.get(peer, ()))
 
-    def ratio(self, peer: str) -> Summary | None:
-        """Our value divided by the peer's, pair by pair; below 1 ours is smaller."""
-        pairs = zip(self.samples.get(OURS, ()), self.samples.get(peer, ()), strict=False)
-        return Summary.of(ours / theirs if ours and theirs else None for ours, theirs in pairs)
+    @property
+    def number(self) -> int:
+        """Prompt tokens or turn of the key; 0 if it has none."""
+        return figure_order(self.key)[1]
+
+    def ratio(self, peer: str, ours: str = OURS, scale: float = 1.0) -> Summary | None:
+        """Our value divided by the peer's, pair by pair, times `scale`; below 1 ours is smaller."""
+        pairs = zip(self.samples.get(ours, ()), self.samples.get(peer, ()), strict=False)
+        return Summary.of(a / b * scale if a and b else None for a, b in pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Medians, ratios and samples as JSON-ready values."""
@@ -109,7 +129,8 @@ class Comparison:
         machine: the machine.
         device: the device.
         model: the model.
-        roofline: the limit that memory bandwidth sets to runtimes that read the exported files.
+        rooflines: by peer, the limit that memory bandwidth sets to its files.
+        bandwidths: the measurements of memory bandwidth, bytes per second.
     """
 
     figures: tuple[Figure, ...]
@@ -122,7 +143,8 @@ class Comparison:
     machine: Machine
     device: DeviceInfo
     model: dict[str, Any]
-    roofline: Roofline
+    rooflines: dict[str, Roofline]
+    bandwidths: list[float]
 
     @classmethod
     def of(
@@ -133,7 +155,6 @@ class Comparison:
         machine: Machine,
         device: DeviceInfo,
         info: ModelInfo,
-        roofline: Roofline,
     ) -> Comparison:
         """The comparison of a run's samples."""
         measured = tuple(peer.name for peer in peers if peer.name not in run.dropped)
@@ -153,25 +174,62 @@ class Comparison:
             machine=machine,
             device=device,
             model={"path": str(info.path), "quantization": info.quantization, "weight_bytes": info.weight_bytes},
-            roofline=roofline,
+            rooflines=run.rooflines(),
+            bandwidths=run.bandwidths,
         )
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """Names of the peers that are this library, with other files or another backend."""
+        return tuple(peer for peer in self.peers if peer.startswith(OURS))
+
+    @property
+    def tpot_figures(self) -> tuple[Figure, ...]:
+        """The figures of the time per token, by prompt length."""
+        return tuple(figure for figure in self.figures if figure.key.startswith("tpot_"))
+
+    def bytes_per_token(self, peer: str, figure: Figure) -> float | None:
+        """Bytes that a token in the middle of a reply reads; None if they are unknown."""
+        limit = self.rooflines.get(peer)
+        return None if limit is None else limit.bytes_at(figure.number + self.settings["new_tokens"] / 2)
+
+    def at_equal_bytes(self, figure: Figure, ours: str, peer: str) -> Summary | None:
+        """Ratio of our time per byte read to the peer's, pair by pair; None if a number of bytes is unknown."""
+        mine, theirs = self.bytes_per_token(ours, figure), self.bytes_per_token(peer, figure)
+        return figure.ratio(peer, ours, theirs / mine) if mine and theirs else None
 
     def roofline_fractions(self, peer: str) -> dict[int, float]:
         """By prompt length, a peer's median TPOT as a fraction of the speed that memory bandwidth allows."""
         fractions = {}
-        for figure in self.figures:
-            summary = figure.summary(peer)
-            if figure.key.startswith("tpot_") and summary:
-                tokens = int(figure.key[5:])
-                fractions[tokens] = self.roofline.fraction(summary.p50, tokens + self.settings["new_tokens"] / 2)
+        for figure in self.tpot_figures:
+            summary, limit = figure.summary(peer), self.rooflines.get(peer)
+            if summary and limit:
+                fractions[figure.number] = limit.fraction(summary.p50, figure.number + self.settings["new_tokens"] / 2)
         return fractions
+
+    def _equal_bytes_dict(self) -> dict[str, Any]:
+        others = [peer for peer in self.peers if peer not in self.ours]
+        return {
+            ours: {
+                figure.key: {
+                    peer: ratio.to_dict() for peer in others if (ratio := self.at_equal_bytes(figure, ours, peer))
+                }
+                for figure in self.tpot_figures
+            }
+            for ours in self.ours
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, every sample included, as JSON-ready values."""
         return {
             "machine": self.machine.to_dict(),
             "device": asdict(self.device),
-            "roofline": {**asdict(self.roofline), "ov_phi3_of_limit": self.roofline_fractions(OURS)},
+            "roofline": {
+                "bandwidths": self.bandwidths,
+                "peers": {peer: asdict(limit) for peer, limit in self.rooflines.items()},
+                "of_limit": {peer: self.roofline_fractions(peer) for peer in self.peers},
+                "tpot_ratio_at_equal_bytes": self._equal_bytes_dict(),
+            },
             "model": self.model,
             "settings": self.settings,
             "versions": self.versions,

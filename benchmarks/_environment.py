@@ -26,6 +26,7 @@ __all__ = [
     "demo_gguf",
     "demo_model",
     "ensure_environment",
+    "ensure_model",
     "export_python",
     "run_installed",
     "run_step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from _environment import (
     run_step,
 )
 
-__all__ = ["PEERS", "Inputs", "Peer", "Worker", "WorkerError"]
+__all__ = ["PEERS", "Inputs", "Peer", "Worker", "WorkerError", "llama_cpp_python", "ort_genai_model"]
 
 SCRIPTS = ROOT / "benchmarks" / "peers"
 
@@ -53,6 +53,7 @@ class Peer:
         prepare: makes its environment and model and returns both paths; raises `BootstrapError` with the reason.
         devices: kinds of device that this setup supports.
         unequal: conditions that could not be made equal, shown beside its figures.
+        options: options of its own for loading, beside those of all peers.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Peer:
     prepare: Callable[[Inputs], tuple[Path, Path]]
     devices: tuple[str, ...]
     unequal: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Worker:
@@ -129,28 +131,43 @@ def _optimum(inputs: Inputs) -> tuple[Path, Path]:
     return export_python(), inputs.exported
 
 
-def _llama_cpp(inputs: Inputs) -> tuple[Path, Path]:
-    if inputs.gguf is None:
-        raise BootstrapError("no GGUF file of this model; pass one with --gguf")
+def llama_cpp_python() -> Path:
+    """The interpreter of llama.cpp's environment, built for this machine's processor."""
     # Build the library only: its tools, server and tests take most of the build time.
     parts = ("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER", "LLAVA_BUILD")
     flags = ["-DGGML_NATIVE=ON", *(f"-D{part}=OFF" for part in parts)]
-    variables = {"CMAKE_ARGS": " ".join(flags)}
-    python = ensure_environment(_peer_dir("llama-cpp"), ["peer-llama-cpp"], library=False, variables=variables)
-    return python, inputs.gguf
+    variables = {
+        "CMAKE_ARGS": " ".join(flags),
+        # gcc 12 takes the tile configuration for the AMX kernels to be unused, and removes it: illegal instructions.
+        "CXXFLAGS": "-fno-dse -fno-tree-dse",
+        # pip would take a wheel that it built before with other flags.
+        "PIP_NO_CACHE_DIR": "1",
+    }
+    return ensure_environment(_peer_dir("llama-cpp"), ["peer-llama-cpp"], library=False, variables=variables)
+
+
+def _llama_cpp(inputs: Inputs) -> tuple[Path, Path]:
+    if inputs.gguf is None:
+        raise BootstrapError("no GGUF file of this model; pass one with --gguf")
+    return llama_cpp_python(), inputs.gguf
 
 
 def _ort_genai(inputs: Inputs) -> tuple[Path, Path]:
     if inputs.source is None:
         raise BootstrapError("its builder needs the model in Hugging Face format; pass it with --hf")
     python = ensure_environment(_peer_dir("ort-genai"), ["peer-ort-genai"], library=False)
-    model = _peer_dir("models") / f"{inputs.source.parent.name}-{inputs.source.name}-ort-int4"
+    model = ort_genai_model(inputs.source)
     if not (model / "genai_config.json").exists():
         # int4_accuracy_level=4 computes with 8-bit activations, as the other int4 runtimes here do.
         options = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
         builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", inputs.source, "-o", model, *options]
         run_step("build the model for onnxruntime-genai", builder, _peer_dir("ort-builder.log"))
     return python, model
+
+
+def ort_genai_model(source: Path) -> Path:
+    """Where the model of onnxruntime-genai lies that is built from a source."""
+    return _peer_dir("models") / f"{source.parent.name}-{source.name}-ort-int4"
 
 
 PEERS = (

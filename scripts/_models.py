@@ -2,8 +2,9 @@
 
     python scripts/_models.py NAME ...    # make the models and print their directories as JSON strings
 
-A name is a base (``demo``, ``tiny``, ...) and ``-hf`` (Hugging Face format) or a recipe of the export, as in
-``demo-int4``. A model is either complete or absent: its directory is built elsewhere and then renamed.
+A name is a base (``demo``, ``tiny``, ...) and ``-hf`` (Hugging Face format), a recipe of the export, as in
+``demo-int4``, or, for random models, a type of GGUF file, as in ``mini32-q4_0``. A model is either complete or absent:
+its directory is built elsewhere and then renamed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _paths import MODELS, ROOT, cache_dir, digest, new_log
+from _paths import MODELS, REQUIREMENTS, ROOT, cache_dir, digest, new_log
 from _process_lock import lock
 from _steps import BootstrapError, child_environment, main_of, run_step
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASES",
+    "GGUF_TYPES",
     "RECIPES",
     "Model",
     "build_whole",
@@ -81,11 +83,16 @@ MINI: dict[str, object] = {
 }
 BASES = ("demo", *TINY, "mini<layers>")
 RECIPES = ("int4", "int4-max", "int8", "fp16", "fp32")
+# GGUF files, written by scripts/models/phi3_gguf.py in the environment of llama.cpp (benchmarks/_peers.py).
+GGUF_TYPES = ("q4_0", "q4_k_m")
 
 
 @dataclass(frozen=True)
 class Model:
-    """How to make a model: with a builder script (``recipe`` is None), or by exporting the builder's result."""
+    """How to make a model: with a builder script (``recipe`` is None), or from the builder's result.
+
+    The latter is exported with a recipe, or written as a GGUF file of the type that ``recipe`` names.
+    """
 
     base: str
     recipe: str | None
@@ -106,7 +113,9 @@ class Model:
         files = [self.builder, MODELS / "model_files.py", MODELS / "fetch.py", MODELS / "sources.txt"]
         if self.base == "demo":
             files.append(MODELS / "demo_rows.npy")
-        if self.recipe is not None:
+        if self.recipe in GGUF_TYPES:
+            files += [MODELS / "phi3_gguf.py", REQUIREMENTS / "peer-llama-cpp.txt"]
+        elif self.recipe is not None:
             files += sorted((ROOT / "src" / "ov_phi3" / "exporting").glob("*.py"))
         return files
 
@@ -123,10 +132,11 @@ def parse_model(name: str) -> Model:
         BootstrapError: There is no such model.
     """
     base, _, kind = name.partition("-")
-    if (base not in ("demo", *TINY) and not _is_mini(base)) or kind not in ("hf", *RECIPES):
+    kinds = ("hf", *RECIPES, *(GGUF_TYPES if base == "tiny" or _is_mini(base) else ()))
+    if (base not in ("demo", *TINY) and not _is_mini(base)) or kind not in kinds:
         raise BootstrapError(
             f"unknown model {name!r}: expected one of {', '.join(BASES)}, then -hf or one of "
-            f"{', '.join('-' + r for r in RECIPES)}"
+            f"{', '.join('-' + r for r in (*RECIPES, *GGUF_TYPES))} (the last {len(GGUF_TYPES)} for random models only)"
         )
     return Model(base, None if kind == "hf" else kind)
 
@@ -150,7 +160,7 @@ def exporter_versions(python: Path) -> str:
 
 def model_key(model: Model, versions: str) -> str:
     """Return a hash of the inputs of a model; ``versions`` is that of `exporter_versions`."""
-    used = versions if model.recipe is not None else "hf"
+    used = versions if model.recipe in RECIPES else "hf"
     return digest(model.base, *model.options, model.recipe or "hf", used, *model.inputs())[:16]
 
 
@@ -158,6 +168,9 @@ def model_command(python: Path, model: Model, source: Path | None, out: Path) ->
     """Return the command that makes a model at ``out``."""
     if source is None:
         return [python, model.builder, out, "--downloads", cache_dir() / "downloads", *model.options]
+    if model.recipe in GGUF_TYPES:
+        downloads = ["--downloads", cache_dir() / "downloads"]
+        return [python, MODELS / "phi3_gguf.py", source, out, "--type", model.recipe, *downloads]
     return [python, "-m", "ov_phi3", "export", source, out, "--recipe", str(model.recipe)]
 
 
@@ -166,7 +179,7 @@ def ensure_model(name: str, python: Path | None = None) -> Path:
 
     Args:
         name: As for `parse_model`.
-        python: Interpreter with the packages that an export needs; None for this one.
+        python: Interpreter with the packages that an export needs, or those of ``phi3_gguf.py``; None for this one.
 
     Raises:
         BootstrapError: There is no such model, or it cannot be made.
@@ -196,7 +209,7 @@ def build_whole(name: str, final: Path, command: Callable[[Path], Sequence[str |
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=home, prefix=f".building-{name}-", ignore_cleanup_errors=True) as folder:
         out = Path(folder) / name
-        verb = "build" if name.endswith("-hf") else "export"
+        verb = "build" if name.endswith(("-hf", *GGUF_TYPES)) else "export"
         # The list of the user's models does not get the models of the tests.
         run_step(
             f"{verb} the model {name}", command(out), new_log(f"model-{name}"), variables={"OV_PHI3_STATE": folder}

@@ -18,7 +18,8 @@ class OrtGenAI:
         """Load with a number of threads."""
         import onnxruntime_genai
 
-        config = onnxruntime_genai.Config(options["model"])
+        self.path = options["model"]
+        config = onnxruntime_genai.Config(self.path)
         threads = {"intra_op_num_threads": options["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
         self.model = onnxruntime_genai.Model(config)
@@ -44,6 +45,25 @@ class OrtGenAI:
             token = int(self.generator.get_next_tokens()[0])
             stamp([token])
             self.sequence.append(token)
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes of all constants but tables of which rows are looked up, and of the KV cache in its inputs' type."""
+        import onnx
+
+        graph = onnx.load(f"{self.path}/model.onnx", load_external_data=False).graph
+        tables = {node.input[0] for node in graph.node if node.op_type.startswith("Gather")}
+        weights = sum(_size(tensor) for tensor in graph.initializer if tensor.name not in tables)
+        caches = [value.type.tensor_type for value in graph.input if value.name.startswith("past_key_values.")]
+        sizes = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2}
+        per_token = [cache.shape.dim[1].dim_value * cache.shape.dim[3].dim_value for cache in caches]
+        kv = sum(n * sizes[cache.elem_type] for n, cache in zip(per_token, caches, strict=True))
+        return {"weight_bytes": weights, "kv_bytes_per_token": kv}
+
+
+def _size(tensor: Any) -> int:
+    """Bytes of a constant, in the graph's file or in the file beside it."""
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    return int(external["length"]) if external else tensor.ByteSize()
 
 
 if __name__ == "__main__":

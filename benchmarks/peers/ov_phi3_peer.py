@@ -18,7 +18,8 @@ class OvPhi3:
         import ov_phi3
 
         threads = {"INFERENCE_NUM_THREADS": str(options["threads"])} if options["device"] == "CPU" else None
-        self.pipe = ov_phi3.load(options["model"], options["device"], ov_config=threads)
+        backend = options.get("backend", "llm_pipeline")
+        self.pipe = ov_phi3.load(options["model"], options["device"], backend=backend, ov_config=threads)
 
     def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
         """Stream a reply."""

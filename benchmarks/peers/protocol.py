@@ -1,7 +1,8 @@
 """The protocol between `compare.py` and a peer: JSON lines to a process in an environment of its own.
 
 Standard library only, since every peer has a different environment. A peer loads a model and generates; requests, time
-stamps and conversations are the same code for all peers.
+stamps and conversations are the same code for all peers. A peer with files of its own has a method `traffic`: the bytes
+that a token reads of these files, and the bytes of KV cache for each token before it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def _answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
         return {"turns": _chat(peer, request["turns"], request["new_tokens"])}
     if kind == "memory":
         return {"peak_bytes": _peak_bytes()}
+    if kind == "traffic":
+        # Peers that run the exported files have none: what a token reads of them is counted in the caller.
+        return peer.traffic() if hasattr(peer, "traffic") else {}
     raise ValueError(f"unknown request {kind!r}")
 
 

@@ -159,7 +159,7 @@ class TestCompare:
         assert report["device"]["name"] == device
         ratio = report["figures"]["tpot_40"]["ov_phi3_over_peer"]["openvino_genai"]
         assert ratio["count"] == 4
-        assert set(report["roofline"]["ov_phi3_of_limit"]) == {"8", "40"}
+        assert set(report["roofline"]["of_limit"]["openvino_genai"]) == {"8", "40"}
         assert plot.read_bytes().startswith(b"\x89PNG")
 
     def test_a_failed_request_is_reported_and_the_process_goes_on(self, tmp_path: Path) -> None:
