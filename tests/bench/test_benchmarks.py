@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -58,6 +59,23 @@ def test_snapshots_measures_prefixes_and_backends(demo_int4: Path, device: str, 
     assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["peak_bytes"].keys() == {"llm_pipeline", "infer_request"}
     assert report["goals"]["loading / prefilling"][1] is None  # a small model
+
+
+def test_nodes_finds_every_matrix_product_and_its_bytes(demo_int4: Path, tmp_path: Path) -> None:
+    from ov_phi3.bench.roofline import weight_bytes_per_token
+
+    target = tmp_path / "nodes.json"
+    done = run("nodes.py", demo_int4, "--repeat", "4", "--rows", "1", "3", "--kernels", "--json", target)
+    assert done.returncode == 0, done.stderr
+    assert "A pass of 3 token(s)" in done.stdout
+    assert "all matrix products" in done.stdout
+    assert re.search(r"^1, 576, 49152 +[a-z]", done.stdout, re.MULTILINE)
+    passes = json.loads(target.read_text(encoding="utf-8"))["passes"]
+    assert [one["rows"] for one in passes] == [1, 3]
+    products = [part for part in passes[0]["parts"] if part["weight_bytes"]]
+    assert sum(part["nodes"] for part in products) == 121  # four in each of 30 layers, and the output layer
+    whole = weight_bytes_per_token(demo_int4 / "openvino_model.xml")
+    assert 0.98 < sum(part["weight_bytes"] for part in products) / whole <= 1
 
 
 class TestLatency:

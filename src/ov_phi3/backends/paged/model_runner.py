@@ -122,6 +122,11 @@ class ModelRunner:
         except RuntimeError:
             return None
 
+    def node_times(self) -> dict[tuple[str, str, str], float]:
+        """Mean seconds of each node over all passes so far, by its name, type and kernel; needs PERF_COUNT."""
+        infos = self._request.profiling_info
+        return {(info.node_name, info.node_type, info.exec_type): info.real_time.total_seconds() for info in infos}
+
     def run(
         self,
         step: Sequence_[ScheduledTokens],
