@@ -52,6 +52,13 @@ def full_size_peers(layers: int) -> tuple[Peer, ...]:
         replace(ours, name="ov_phi3-int4-max", prepare=smallest, unequal=all_4_bits),
         replace(
             ours,
+            name="ov_phi3-int4-max-f32",
+            prepare=smallest,
+            options={"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
+            unequal=f"INFERENCE_PRECISION_HINT=f32; {all_4_bits}",
+        ),
+        replace(
+            ours,
             name="ov_phi3-int4-max-infer_request",
             prepare=smallest,
             options=engine,

@@ -17,9 +17,11 @@ class OvPhi3:
         """Load with the library's defaults and the given number of threads."""
         import ov_phi3
 
-        threads = {"INFERENCE_NUM_THREADS": str(options["threads"])} if options["device"] == "CPU" else None
+        properties = dict(options.get("ov_config", {}))
+        if options["device"] == "CPU":
+            properties["INFERENCE_NUM_THREADS"] = str(options["threads"])
         backend = options.get("backend", "llm_pipeline")
-        self.pipe = ov_phi3.load(options["model"], options["device"], backend=backend, ov_config=threads)
+        self.pipe = ov_phi3.load(options["model"], options["device"], backend=backend, ov_config=properties or None)
 
     def generate(self, ids: list[int], new_tokens: int, stamp: Stamp) -> None:
         """Stream a reply."""
