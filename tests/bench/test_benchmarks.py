@@ -308,3 +308,20 @@ def test_interference_has_gaps_of_replies_and_of_the_event_loop(tiny_fp32: Path,
     samples, ratios = report["samples"], report["over_tpot_alone"]
     assert all(len(samples[name]) > 1 for name in ("alone", "beside a prompt", "heartbeat"))
     assert 0 < ratios["median"] <= ratios["p99"]
+
+
+def test_start_has_the_parts_of_a_start_and_another_version(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+    target = tmp_path / "start.json"
+    sizes = ["--starts", "1", "--backend", "infer_request", "--against", ROOT / "src", "--cold"]
+    done = run("start.py", tiny_fp32, "--device", device, *sizes, "--json", target)
+    assert done.returncode == 0, done.stderr
+    assert "start to first token" in done.stdout
+    starts = json.loads(target.read_text(encoding="utf-8"))["starts"]
+    assert starts.keys() == {"infer_request", "infer_request against"}
+    for [parts] in starts.values():
+        steps = [parts[name] for name in ("interpreter", "imports", "load", "first")]
+        assert all(step > 0 for step in steps)
+        assert abs(sum(steps) - parts["total"]) < 0.1
+    wrong = run("start.py", tiny_fp32, "--device", device, "--against", tmp_path)
+    assert wrong.returncode == 2
+    assert "has no folder ov_phi3" in wrong.stderr
