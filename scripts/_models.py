@@ -82,7 +82,7 @@ MINI: dict[str, object] = {
     "dtype": "float16",
 }
 BASES = ("demo", *TINY, "mini<layers>")
-RECIPES = ("int4", "int4-max", "int8", "fp16", "fp32")
+RECIPES = ("int4", "int4-max", "int4-calibrated", "int8", "fp16", "fp32")
 # GGUF files, written by scripts/models/phi3_gguf.py in the environment of llama.cpp (benchmarks/_peers.py).
 GGUF_TYPES = ("q4_0", "q4_k_m")
 

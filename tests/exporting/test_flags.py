@@ -37,6 +37,8 @@ def test_arguments_of_the_recipes() -> None:
     cookbook = "--weight-format int4 --group-size 128 --ratio 0.6 --sym"
     assert " ".join(arguments(combine("int4", {}))) == cookbook
     assert " ".join(arguments(combine("int4-max", {}))) == cookbook.replace("0.6", "1.0")
+    calibrated = f"{cookbook.replace('0.6', '1.0')} --scale-estimation --dataset python-docs --num-samples 64"
+    assert " ".join(arguments(combine("int4-calibrated", {}))) == calibrated
     for name in ("int8", "fp16", "fp32"):
         assert arguments(combine(name, {})) == ["--weight-format", name]
     assert all(recipe.name == name and recipe.summary for name, recipe in RECIPES.items())
@@ -62,7 +64,11 @@ def test_flags_add_to_the_recipe_or_replace_its_flags(flags: dict[str, Any], exp
 @pytest.mark.parametrize(
     ("recipe", "flags", "words"),
     [
-        ("int5", {}, "recipe is 'int5'; expected one of int4, int4-max, int8, fp16, fp32. Did you mean"),
+        (
+            "int5",
+            {},
+            "recipe is 'int5'; expected one of int4, int4-max, int4-calibrated, int8, fp16, fp32. Did you mean",
+        ),
         ("int4", {"groupsize": 64}, "'groupsize' is not a flag .* Did you mean 'group_size'"),
         ("int4", {"task": "text-generation"}, "task cannot be set"),
         ("int4", {"revision": "main"}, "revision cannot be set: .* download that revision"),
@@ -73,6 +79,11 @@ def test_flags_add_to_the_recipe_or_replace_its_flags(flags: dict[str, Any], exp
         ("int4", {"ratio": 1.5}, "ratio is 1.5"),
         ("int4", {"group_size": 0}, "group_size is 0"),
         ("int4", {"dataset": ""}, "dataset is empty"),
+        (
+            "int4",
+            {"dataset": "wikitext3"},
+            "dataset is 'wikitext3'; expected a text file, 'python-docs', or one of auto",
+        ),
         ("int4", {"gptq": True}, "gptq needs a dataset"),
         ("int4", {"num_samples": 5}, "num_samples needs a dataset"),
         ("int4-max", {"dataset": "c4"}, "dataset has no effect"),

@@ -14,6 +14,7 @@ from ov_phi3.bench.table import table
 from ov_phi3.cli import terminal
 from ov_phi3.cli.model_list import remember
 from ov_phi3.errors import ConfigError
+from ov_phi3.exporting.flags import RECIPES
 
 __all__ = ["add_bench", "add_devices", "add_doctor", "add_export"]
 
@@ -30,7 +31,7 @@ def add_export(commands: Any) -> None:
         "source", help="a local directory, or a Hugging Face name such as microsoft/Phi-3-mini-4k-instruct"
     )
     parser.add_argument("output", type=Path, help="directory to write")
-    parser.add_argument("--recipe", default="int4", help="int4 (the cookbook's), int4-max, int8, fp16 or fp32")
+    parser.add_argument("--recipe", default="int4", help=f"{', '.join(RECIPES)} (default: int4, the cookbook's)")
     parser.add_argument("--adapter", metavar="PATH", help="merge a LoRA adapter of the source, a folder or a hub name")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the source")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")

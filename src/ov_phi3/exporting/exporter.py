@@ -50,16 +50,16 @@ def export(
     Args:
         source: a directory with a Hugging Face model, or a name on the hub (`"microsoft/Phi-3-mini-4k-instruct"`).
         output: the directory to create.
-        recipe: "int4" (that of Microsoft's Phi-3 cookbook: int4 and int8 mixed 60 to 40, symmetric, group size 128),
-            "int4-max" (all int4), "int8", "fp16" or "fp32"; see `flags.RECIPES`.
+        recipe: "int4" (that of Microsoft's Phi-3 cookbook: 60 % int4, 40 % int8, symmetric, group size 128), "int4-max"
+            (all int4), "int4-calibrated" (with scales fitted to a text), "int8", "fp16" or "fp32"; see `flags.RECIPES`.
         adapter: a LoRA adapter to merge into the weights: a folder as peft saves it, or a name on the hub.
         trust_remote_code: run Python code of the model's repository. Phi-3 models need none.
         overwrite: replace a model that exists in `output`. Nothing but a model is ever replaced.
         progress: called with each line of progress, ours and optimum-cli's; see `ProgressLine`. By default the lines
             go to the logger "ov_phi3" at level INFO. `progress=print` shows them.
-        flags: flags of optimum-cli, with underscores, added to the recipe's flags or replacing them: `group_size=64`,
-            `awq=True`; None removes a flag, False a switch. If the recipe's own group size does not divide the model's
-            widths, `group_size_fallback="adjust"` is added, and the manifest records it.
+        flags: flags of optimum-cli, with underscores, over those of the recipe: `group_size=64`, `awq=True`; None
+            removes a flag, False a switch. `dataset` may also be a text file, or "python-docs". If the recipe's group
+            size does not divide the model's widths, `group_size_fallback="adjust"` is added and recorded.
 
     Returns:
         The exported model.

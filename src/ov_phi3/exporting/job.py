@@ -16,6 +16,7 @@ from typing import Any
 from ov_phi3._version import __version__
 from ov_phi3.errors import ExportError, ModelError
 from ov_phi3.exporting import verify
+from ov_phi3.exporting.calibration import is_local
 from ov_phi3.exporting.child import Progress, ProgressLine, bootstrap, child_environment, run
 from ov_phi3.exporting.failures import explain_failure
 from ov_phi3.exporting.flags import TASK, Flags, arguments
@@ -35,6 +36,9 @@ __all__ = ["CONVERT_TOKENIZER", "HUB_CONFIG", "OPTIMUM_CLI", "VERIFY", "Job"]
 OPTIMUM_CLI = "from optimum.commands.optimum_cli import main; main()"
 CONVERT_TOKENIZER = "from openvino_tokenizers.cli_tools.convert_tokenizer import convert_hf_tokenizer as m; m()"
 VERIFY = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.verify import main; main()"
+CALIBRATED = (
+    f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.calibration import main; main()"
+)
 MERGE = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.merge import main; main()"
 _FETCHED_LINE = "ov_phi3-fetched: "
 HUB_CONFIG = f"""
@@ -179,12 +183,14 @@ class Job:
             ExportError: it failed, or wrote no model.
         """
         self.say(shlex.join(["optimum-cli", *self._arguments()]))
-        command = [*bootstrap(OPTIMUM_CLI, work.root), *self._arguments(), str(work.model)]
-        code, output = run(command, child_environment(work.scratch), self._progress)
-        if code:
-            raise ExportError(explain_failure("optimum-cli failed", code, output))
+        code = CALIBRATED if is_local(self._flags.get("dataset", "auto")) else OPTIMUM_CLI
+        command = [*bootstrap(code, work.root), *self._arguments(), str(work.model)]
+        exit_code, output = run(command, child_environment(work.scratch), self._progress)
+        if exit_code:
+            raise ExportError(explain_failure("optimum-cli failed", exit_code, output))
         if "openvino_model.xml" not in listing(work.model):
-            raise ExportError(explain_failure("optimum-cli ended without an error, but wrote no model", code, output))
+            problem = "optimum-cli ended without an error, but wrote no model"
+            raise ExportError(explain_failure(problem, exit_code, output))
 
     def convert_tokenizer(self, work: Workspace) -> None:
         """Convert the tokenizer if optimum-cli left it out, which it does with exit code 0.
