@@ -31,6 +31,7 @@ SCRATCH_BLOCKS = 1
 _LONG_PASS = 16  # tokens from which a pass may take long enough to be cancelled
 _TIMED_PAST = 160  # tokens in front of those of a pass that is timed
 _POLL_MS = 50  # interval of the checks whether a pass is still wanted
+_MOST_PADDING = 6  # rows in all, until a pass is prepared for fewer: that takes as long as about eight rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ class ModelRunner:
         self._inputs = _Inputs(self._request, has_long_rope=graph.has_long_rope)
         self._bind_cache()
         self._shapes = (1, 1, 1)
-        self._cancels = device.startswith("CPU")
+        self._decodes = 0  # of the last pass, if it computed one token of every sequence; padding included
+        self._padded = 0  # rows of padding since the number of tokens changed
+        self._on_cpu = device.startswith("CPU")
 
     def grow(self, num_blocks: int) -> None:
         """Enlarge the cache to this number of blocks, the scratch blocks included."""
@@ -148,17 +151,32 @@ class ModelRunner:
         Raises:
             Cancelled: `should_continue` returned False. The keys and values of the step's tokens are then unknown.
         """
-        shapes = self._inputs.fill(step, self.block_size)
+        padding = self._padding(step)
+        shapes = self._inputs.fill(step, self.block_size, padding)
         try:
-            cancels = shapes[0] >= _LONG_PASS and self._cancels
+            cancels = shapes[0] >= _LONG_PASS and self._on_cpu
             self._infer(should_continue if cancels else None, beside)
         except BaseException:
             self._repair(shapes)
             raise
         self._shapes = shapes
         logits = self._request.get_tensor("logits").data
-        rows: NDArray[np.float32] = logits.reshape(-1, logits.shape[-1])
+        rows: NDArray[np.float32] = logits.reshape(-1, logits.shape[-1])[: shapes[2] - padding]
         return rows if rows.dtype == np.float32 else rows.astype(np.float32)
+
+    def _padding(self, step: Sequence_[ScheduledTokens]) -> int:
+        """Rows to add to a step of decodes, so that it has as many as the one before.
+
+        When a reply ends, another often begins a moment later. A CPU prepares every node of the graph again for a pass
+        with another number of tokens (openvino 2026.4.1; `benchmarks/overhead.py`), which takes longer than some rows.
+        """
+        decodes = len(step) if all(part.count == len(part.rows) == 1 for part in step) else 0
+        missing = self._decodes - decodes
+        if not decodes or missing < 0 or missing + self._padded > _MOST_PADDING or not self._on_cpu:
+            self._decodes, self._padded = decodes, 0
+            return 0
+        self._padded += missing
+        return missing
 
     def time_rows(self, rows: int) -> float:
         """Seconds of a pass of this many tokens of one sequence with the logits of all, in a scratch block.
@@ -201,6 +219,7 @@ class ModelRunner:
         fails, or kills the process (openvino 2026.4.1). Input shapes that differ from both make every node prepare
         again.
         """
+        self._decodes = 0
         used = {*broken, *self._shapes}
         rows = next(count for count in range(1, 8) if count not in used)
         tokens = next(count for count in range(rows, 16) if count not in used)
@@ -250,14 +269,20 @@ class _Inputs:
         self._rows = _Input(request, ROWS, np.int64)
         self._long_rope = _Input(request, LONG_ROPE, np.bool_, (-1, 1)) if has_long_rope else None
 
-    def fill(self, step: Sequence_[ScheduledTokens], block_size: int) -> tuple[int, int, int]:
-        """Set all inputs; returns the numbers of tokens, of tokens with their past, and of rows."""
-        tokens = sum(part.count for part in step)
-        used = [-(-(part.sequence.num_cached + part.count) // block_size) for part in step]
-        num_rows = sum(len(part.rows) for part in step)
+    def fill(self, step: Sequence_[ScheduledTokens], block_size: int, padding: int) -> tuple[int, int, int]:
+        """Set all inputs; returns the numbers of tokens, of tokens with their past, and of rows.
+
+        Args:
+            step: what is computed.
+            block_size: tokens per block.
+            padding: sequences of one token to add, in the scratch block; each has a row behind the wanted ones.
+        """
+        tokens = sum(part.count for part in step) + padding
+        used = [-(-(part.sequence.num_cached + part.count) // block_size) for part in step] + [1] * padding
+        num_rows = sum(len(part.rows) for part in step) + padding
         ids, positions = self._ids.view(tokens), self._positions.view(tokens)
-        past, begins = self._past.view(len(step)), self._begins.view(len(step) + 1)
-        blocks, block_begins = self._blocks.view(sum(used)), self._block_begins.view(len(step) + 1)
+        past, begins = self._past.view(len(used)), self._begins.view(len(used) + 1)
+        blocks, block_begins = self._blocks.view(sum(used)), self._block_begins.view(len(used) + 1)
         rows = self._rows.view(max(1, num_rows))
         long_rope = None if self._long_rope is None else self._long_rope.view(tokens)
         begins[0] = block_begins[0] = 0
@@ -281,6 +306,14 @@ class _Inputs:
                 row_at += 1
             longest = max(longest, start + count)
             at = end
+        if padding:
+            for array in (ids, positions, past, blocks):
+                array[-padding:] = 0
+            begins[-padding:] = np.arange(at + 1, tokens + 1)
+            block_begins[-padding:] = np.arange(block_at + 1, block_at + padding + 1)
+            rows[row_at:] = np.arange(at, tokens)
+            if long_rope is not None:
+                long_rope[-padding:] = False
         self._longest.view(1)[0] = longest
         return tokens, tokens + int(past.sum()), num_rows
 
