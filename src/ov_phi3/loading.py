@@ -19,6 +19,7 @@ from ov_phi3.adapters import Adapters, check_adapters
 from ov_phi3.backends.protocol import Backend, BackendName, BackendSpec, LoadRequest
 from ov_phi3.backends.registry import backend_spec
 from ov_phi3.checks import whole_number
+from ov_phi3.draft_models import draft_request, read_draft_model
 from ov_phi3.engine.engine import Engine
 from ov_phi3.engine.limits import Limits, seconds
 from ov_phi3.engine.longrope import LongRope
@@ -46,10 +47,12 @@ __all__ = ["load"]
 
 _MAX_CONCURRENCY = 256
 _DEFAULT_BACKEND = "llm_pipeline"
-_DEFAULT_CONCURRENT_BACKEND = "infer_request"  # about as fast as GenAI's batching, and holds up no running reply
+# About as fast as GenAI's batching, and holds up no running reply; drafts as many tokens as pay, GenAI a fixed number.
+_DEFAULT_CONCURRENT_BACKEND = "infer_request"
 _LARGE_MODEL = 2**30  # bytes of weights
 _DEFAULT_ASSISTED_TOKENS = 5  # candidates per step of prompt lookup and draft models; GenAI's own default
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
+_GENAI_PROPERTIES = _ASSISTED_PROPERTIES | {"scheduler_config", "extensions", "ATTENTION_BACKEND"}  # of the model alone
 _log = logging.getLogger("ov_phi3")
 T = TypeVar("T")
 
@@ -66,6 +69,8 @@ def load(
     concurrency: int = 1,
     template: ChatTemplate | None = None,
     adapters: Adapters | None = None,
+    draft_model: str | os.PathLike[str] | None = None,
+    draft_device: str | None = None,
     idle_unload: float | None = None,
 ) -> Pipeline:
     """Load an exported model.
@@ -85,6 +90,9 @@ def load(
         concurrency: requests that run at once, and conversations that the KV cache has room for (docs/streaming.md).
         template: the chat template; default: the model's own.
         adapters: LoRA adapters of peft for "llm_pipeline": a folder, a list of them, or a mapping to strengths.
+        draft_model: a smaller exported model with the same tokenizer, whose guesses the model checks several at a time
+            (docs/options.md#draft-model). "infer_request" is then the default, and `speculation="auto"`.
+        draft_device: its device; default: the model's.
         idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
 
     Raises:
@@ -97,13 +105,15 @@ def load(
         ModelWarning: `ModelInfo.warnings`, or the model's own chat template cannot be rendered.
     """
     began = time.perf_counter()
-    spec = backend_spec(_default_backend(concurrency, adapters) if backend is None else backend)
+    spec = backend_spec(_default_backend(concurrency, adapters, draft_model) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     _check_arguments(info, context_length, prefill_chunk, concurrency, template, idle_unload)
     checked = check_adapters(adapters, info, spec.capabilities)
     defaults, ignored = _model_defaults(info)
-    plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency)
+    draft = read_draft_model(draft_model, info)
+    plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
+    plan = _with_draft(plan, draft, draft_device, ov_config)
     opened = _open(spec, request := replace(plan, adapters=checked), template)
     try:
         engine = _engine(spec, request, opened, (defaults, ignored), prefill_chunk, idle_unload)
@@ -116,8 +126,10 @@ def load(
         raise
 
 
-def _default_backend(concurrency: object, adapters: object) -> str:
-    return _DEFAULT_BACKEND if concurrency == 1 or adapters else _DEFAULT_CONCURRENT_BACKEND
+def _default_backend(concurrency: object, adapters: object, draft_model: object) -> str:
+    if adapters or (concurrency == 1 and draft_model is None):
+        return _DEFAULT_BACKEND
+    return _DEFAULT_CONCURRENT_BACKEND
 
 
 def _check_arguments(
@@ -152,12 +164,15 @@ def _plan(
     kv_cache_gb: float | None,
     prefill_chunk: int | None,
     concurrency: int,
+    draft: ModelInfo | None,
 ) -> LoadRequest:
     """Device, properties and the size of the KV cache."""
     device = _resolve_device(device_name)
     merged = merge_config(device, ov_config)
     properties = {**_float32_properties(info, device, ov_config or {}), **merged}
     properties = spec.resolve_properties(device, properties)
+    if draft is not None and not spec.capabilities.plans_drafts:
+        properties["draft_model"] = str(draft.path)
     kv = plan_kv_cache(
         info,
         device,
@@ -165,6 +180,7 @@ def _plan(
         context_length=context_length,
         kv_cache_gb=kv_cache_gb,
         conversations=concurrency,
+        draft=draft,
     )
     schedules = spec.capabilities.schedules
     step = prefill_chunk or 0 if schedules else 0
@@ -175,6 +191,21 @@ def _plan(
         raise ConfigError(f"concurrency={concurrency} needs {needed}.")
     step = LARGE_MODEL_CHUNK if prefill_chunk is None else prefill_chunk
     return LoadRequest(info, device, properties, kv, concurrency, step, paging_required=True)
+
+
+def _with_draft(
+    request: LoadRequest, draft: ModelInfo | None, device_name: str | None, ov_config: Mapping[str, Any] | None
+) -> LoadRequest:
+    """The request with its draft model, which has the same properties."""
+    if draft is None:
+        if device_name is not None:
+            raise ConfigError(f"draft_device={device_name!r} is for a draft model: give draft_model too.")
+        return request
+    device = request.device if device_name is None else _resolve_device(device_name)
+    merged = merge_config(device, ov_config)
+    properties = {**_float32_properties(draft, device, ov_config or {}), **merged, "CACHE_DIR": ""}
+    properties = {key: value for key, value in properties.items() if key not in _GENAI_PROPERTIES}
+    return replace(request, draft=draft_request(draft, device, properties, request.kv, request.concurrency))
 
 
 def _resolve_device(name: str) -> DeviceInfo:
@@ -290,6 +321,8 @@ def _engine(
         assisted_tokens=_DEFAULT_ASSISTED_TOKENS if assisted else 0,
     )
     defaults = _supported_defaults(model_defaults[0], backend, model_defaults[1])
+    if request.draft is not None and spec.capabilities.plans_drafts:
+        defaults = defaults.replace(speculation="auto")
     resident = ResidentBackend(backend, lambda: _reopen(spec, request, opened.tokenizer))
     runner = Runner(resident, long_rope, _chunk(backend, request, prefill_chunk))
     # A backend that schedules carries every option across the boundary.

@@ -76,10 +76,10 @@ def open_backend(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Toke
 
 
 def _open(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Tokenizer]) -> OpenedBackend:
-    few_kernels = {"CPU_RUNTIME_CACHE_CAPACITY": _kernel_cache(request)} if request.device.kind == "CPU" else {}
+    draft = None if request.draft is None else _with_cache(request.draft, "")
 
     def open_with(cache_dir: str) -> Backend:
-        return spec.open(replace(request, properties={**few_kernels, **request.properties, "CACHE_DIR": cache_dir}))
+        return spec.open(replace(_with_cache(request, cache_dir), draft=draft))
 
     base = request.properties["CACHE_DIR"]
     if base and not spec.capabilities.caches_compiled:
@@ -101,6 +101,12 @@ def _open(spec: BackendSpec, request: LoadRequest, tokenizer: Future[Tokenizer])
     backend, state = load_guarded(folder, lambda: open_with(str(folder)), canary.run, lambda opened: opened.close())
     canary.commit(backend)
     return OpenedBackend(backend, state, folder, request.properties)
+
+
+def _with_cache(request: LoadRequest, cache_dir: str) -> LoadRequest:
+    """The request with a compile cache, and with few kernels on a CPU."""
+    few_kernels = {"CPU_RUNTIME_CACHE_CAPACITY": _kernel_cache(request)} if request.device.kind == "CPU" else {}
+    return replace(request, properties={**few_kernels, **request.properties, "CACHE_DIR": cache_dir})
 
 
 _stateful_models = itertools.count()

@@ -357,11 +357,11 @@ class Pipeline:
         """Whether it has had no request yet, so that the next one pays for the first inference."""
         return not self.engine.used
 
-    def warmup(self, *, speculation: Speculation = "off") -> float:
+    def warmup(self, *, speculation: Speculation | None = None) -> float:
         """Run one short inference now, so that the first request does not pay for it; returns its milliseconds.
 
         Args:
-            speculation: "auto" also measures what steps with drafts cost.
+            speculation: "auto", the default with a draft model, also measures what steps with drafts cost.
         """
         began = now()
         self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False, speculation=speculation)

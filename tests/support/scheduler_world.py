@@ -168,7 +168,7 @@ class World:
             for index, sequence in enumerate(sequences):
                 sequence.append([100 * group.arrival + list(group.length_of).index(sequence) + index % 2])
                 if part.drafts:
-                    self.scheduler.release_unused(sequence)
+                    self.scheduler.tables.release_unused(sequence)
                 if len(sequence) - sequence.num_prompt >= group.length_of[sequence]:
                     self.end(group, sequence)
             if not group.sequences:

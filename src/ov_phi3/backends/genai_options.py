@@ -42,9 +42,9 @@ def _unsupported_assistance(config: GenerationConfig, assisted: str) -> str | No
     """Options of speculative decoding that the pipeline was not loaded for, or that it cannot combine."""
     given = [name for name in ASSISTED_OPTIONS if getattr(config, name) is not None]
     if not assisted:
-        how = "a pipeline loaded with ov_config={'prompt_lookup': True} (or a draft model)"
+        how = "a pipeline loaded with ov_config={'prompt_lookup': True} or load(draft_model=...)"
         return f"{given[0]} needs {how}." if given else None
-    loaded = f"the {assisted} of ov_config"
+    loaded = "the draft model" if assisted == "draft_model" else f"the {assisted} of ov_config"
     if config.is_multi_sequence:
         other = config.show(given[0]) if given else loaded
         return f"{_several(config)} contradicts {other}: speculative decoding is for one reply at a time."

@@ -78,6 +78,9 @@ class LLMPipelineSpec:
         properties = with_scheduler(request.properties, request.kv, request.max_step_tokens)
         if request.adapters:
             properties["adapters"] = _adapter_config(request.adapters)
+        if (draft := request.draft) is not None:
+            path, device = str(draft.info.path), draft.device.name
+            properties["draft_model"] = import_genai().draft_model(path, device, **draft.properties)
         return LLMPipelineBackend(
             request.info.path,
             request.device.name,

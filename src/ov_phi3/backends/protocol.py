@@ -78,6 +78,7 @@ class Capabilities:
             requests on.
         caches_compiled: OpenVINO's compile cache (CACHE_DIR) works with it.
         applies_adapters: LoRA adapters can be applied to the loaded model.
+        plans_drafts: it decides at every step how many tokens are drafted (`speculation="auto"`).
         shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
             must run alone.
     """
@@ -90,6 +91,7 @@ class Capabilities:
     schedules: bool = False
     caches_compiled: bool = False
     applies_adapters: bool = False
+    plans_drafts: bool = False
     shares_random_numbers: bool = False
 
 
@@ -271,6 +273,7 @@ class LoadRequest:
         tokenizer: the model's tokenizer, which is opened at the same time.
         adapters: LoRA adapters, each with the factor of its B A.
         paging_required: paged attention must not be given up, since the cache's size or `concurrency` depends on it.
+        draft: a model with the same vocabulary that drafts tokens; None for none.
     """
 
     info: ModelInfo
@@ -282,6 +285,7 @@ class LoadRequest:
     paging_required: bool = False
     tokenizer: Future[Tokenizer] | None = None
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    draft: LoadRequest | None = None
 
 
 class BackendSpec(Protocol):

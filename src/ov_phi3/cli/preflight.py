@@ -50,6 +50,9 @@ def check_reply(args: argparse.Namespace, config: GenerationConfig, saved: Seque
     resolved = config.resolve(room=window)
     check_resolved(resolved)
     possible = backends_with("saves_kv") if any(path is not None for path in saved) else list(BACKENDS)
+    if args.draft_model is not None:
+        properties["draft_model"] = str(args.draft_model)
+        possible.sort(key=lambda name: not backend_spec(name).capabilities.plans_drafts)
     if args.backend is not None and args.backend not in possible:
         raise ConfigError(f"backend={args.backend!r} cannot continue from a saved KV cache; use {possible[0]}.")
     problems = []

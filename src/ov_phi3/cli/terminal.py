@@ -191,6 +191,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens prefilled at once; 0 for whole prompts"
     )
     parser.add_argument(
+        "--draft-model",
+        type=Path,
+        metavar="DIR",
+        help="a smaller exported model with the same tokenizer, which guesses tokens ahead; default backend then: "
+        "infer_request",
+    )
+    parser.add_argument("--draft-device", metavar="DEVICE", help="device of the draft model (default: the model's)")
+    parser.add_argument(
         "--ov-config",
         action="append",
         default=[],
@@ -212,7 +220,7 @@ def properties(pairs: list[str]) -> dict[str, Any]:
     return config
 
 
-def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
+def load(args: argparse.Namespace, backend: str | None = None) -> Pipeline:
     """Load the model on `--backend`, or else on `backend`; print the device, the load time and warnings."""
     import ov_phi3
 
@@ -222,11 +230,13 @@ def load(args: argparse.Namespace, backend: str = "llm_pipeline") -> Pipeline:
         pipe = ov_phi3.load(
             args.model,
             args.device,
-            backend=cast("BackendName", args.backend or backend),
+            backend=cast("BackendName | None", args.backend or backend),
             ov_config=properties(args.ov_config) or None,
             context_length=args.context_length,
             kv_cache_gb=args.kv_cache_gb,
             prefill_chunk=args.prefill_chunk,
+            draft_model=args.draft_model,
+            draft_device=args.draft_device,
             concurrency=getattr(args, "concurrency", 1),
         )
     wrapped_note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")

@@ -12,7 +12,7 @@ __all__ = ["in_flags"]
 _PHRASES = (
     (r"[Ll]oad(?: the model)? with (?=backend|ov_config|a longer)", "use "),
     (r"a pipeline loaded with (?=backend|ov_config)", ""),
-    (r"ov_config=\{'(\w+)': True\} \(or a draft model\)", r"--ov-config \1=true"),
+    (r"ov_config=\{'(\w+)': True\} or load\(draft_model=\.\.\.\)", r"--ov-config \1=true or --draft-model"),
     (r"[Ll]oad it with load_chat\(\)", "`ov-phi3 chat --load` takes it"),
     (r"[Ll]oad it with load_prefix\(\)", "--prefix takes it"),
     (r"load\(\) takes the (directory of an exported model): ov_phi3\.export\([^)]*\) or ", r"MODEL is the \1: "),

@@ -269,6 +269,8 @@ class GenerationConfig:
                 inherited.pop(alternative, None)
         if own.get("speculation") == "auto":
             inherited = {k: v for k, v in inherited.items() if k not in lookup}
+        elif "num_assistant_tokens" in own:
+            inherited.pop("speculation", None)
         if any(name in own for name in STRUCTURED):
             inherited = {k: v for k, v in inherited.items() if k not in (*STRUCTURED, "json_whitespace")}
         return GenerationConfig(**{**inherited, **own})

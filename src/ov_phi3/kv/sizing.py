@@ -58,8 +58,9 @@ def plan_kv_cache(
     kv_cache_gb: float | None = None,
     conversations: int = 1,
     memory: Memory | None = None,
+    draft: ModelInfo | None = None,
 ) -> KVCachePlan:
-    """Plan the KV cache of a model on a device.
+    """Plan the KV cache of a model on a device. With a draft model, the memory is shared with its weights and cache.
 
     On the CPU the cache has as many blocks as `conversations` of full length need: memory is taken when a block is
     first used, and a growing cache would evict one conversation's blocks for another's much earlier. On a GPU, which
@@ -76,8 +77,9 @@ def plan_kv_cache(
     paged = device.kind != "NPU" and str(properties.get("ATTENTION_BACKEND", "PA")).upper() == "PA"
     if paged:
         _check_precision(device, properties)
+    size = layout.block_bytes(info) + (KVLayout.of(draft, device.kind, properties).block_bytes(draft) if draft else 0)
     if kv_cache_gb is not None:
-        blocks = _blocks_in_budget(kv_cache_gb, layout, info, scheduler)
+        blocks = _blocks_in_budget(kv_cache_gb, layout, size, scheduler)
         window, reason = _fit_window(window, blocks, layout, f" (what kv_cache_gb={kv_cache_gb:g} holds)")
         return KVCachePlan(layout, blocks if paged else 0, window, paged, reason)
     if scheduler is not None:
@@ -90,7 +92,8 @@ def plan_kv_cache(
     if not paged or device.kind != "CPU" or "draft_model" in properties:
         return KVCachePlan(layout, 0, window, paged)
     memory = memory or machine_memory()
-    return _plan_in_memory(info, layout, window, context_length is not None, conversations, memory)
+    weights = info.weight_bytes + (draft.weight_bytes if draft else 0)
+    return _plan_in_memory(weights, size, layout, window, context_length is not None, conversations, memory)
 
 
 def _check_precision(device: DeviceInfo, properties: Mapping[str, Any]) -> None:
@@ -105,19 +108,19 @@ def _check_precision(device: DeviceInfo, properties: Mapping[str, Any]) -> None:
         )
 
 
-def _blocks_in_budget(gib: float, layout: KVLayout, info: ModelInfo, scheduler: object) -> int:
-    """Number of blocks that fit a budget."""
+def _blocks_in_budget(gib: float, layout: KVLayout, size: int, scheduler: object) -> int:
+    """Number of blocks of `size` bytes that fit a budget."""
     if isinstance(gib, bool) or not isinstance(gib, (int, float)):
         raise TypeError(f"kv_cache_gb must be a number of GiB, not {gib!r}")
     if scheduler is not None:
         raise ConfigError("kv_cache_gb and ov_config['scheduler_config'] both limit the KV cache; give one of them.")
     if not gib <= 2**20:
         raise ConfigError(f"kv_cache_gb={gib}; expected a number of GiB that a machine can have.")
-    blocks = int(gib * _GIB / layout.block_bytes(info)) if gib > 0 else 0
+    blocks = int(gib * _GIB / size) if gib > 0 else 0
     if blocks < 2:
-        least = 2 * layout.block_bytes(info) / _GIB
+        least = 2 * size / _GIB
         raise ConfigError(
-            f"kv_cache_gb={gib} holds no conversation: a token takes {layout.bytes_per_token(info):,.0f} bytes in this "
+            f"kv_cache_gb={gib} holds no conversation: a token takes {size / layout.block_size:,.0f} bytes in this "
             f"model's cache, and two blocks of {layout.block_size} tokens are the least. Give at least {least:.2g} GiB."
         )
     return blocks
@@ -130,19 +133,22 @@ def _fit_window(window: int, blocks: int, layout: KVLayout, reason: str) -> tupl
 
 
 def _plan_in_memory(
-    info: ModelInfo,
+    weight_bytes: int,
+    size: int,
     layout: KVLayout,
     window: int,
     requested: bool,
     conversations: int,
     memory: Memory | None,
 ) -> KVCachePlan:
-    """Plan for whole conversations, or for what the free memory holds; one conversation may use all of it."""
+    """Plan for whole conversations, or for what the free memory holds; one conversation may use all of it.
+
+    `weight_bytes` are those of all models, and `size` the bytes of a block in all caches.
+    """
     blocks = conversations * (-(-window // layout.block_size) + 1)
-    size = layout.block_bytes(info)
     if memory is None:
         return KVCachePlan(layout, blocks, window, paged=True)
-    free = memory.available - int(_WEIGHTS * info.weight_bytes)
+    free = memory.available - int(_WEIGHTS * weight_bytes)
     if requested and blocks * size > free:
         tokens = max(0, free // size // conversations - 1) * layout.block_size
         raise ConfigError(

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from ov_phi3.backends.paged.drafter import STEP_ROWS, LookupDrafter, StepCosts, best_rows, measure_step_costs
+from ov_phi3.backends.paged.drafter import LookupDrafter
+from ov_phi3.backends.paged.step_costs import STEP_ROWS, StepCosts, best_rows, measure_step_costs
 
 DEMO = StepCosts({1: 1.0, 2: 1.04, 3: 1.05, 4: 1.1, 6: 1.24, 8: 1.38, 12: 1.6, 16: 1.8}, change=0.55)
 LARGE = StepCosts({1: 1.0, 2: 1.35, 3: 1.5, 4: 1.64, 6: 1.71, 8: 2.05, 12: 2.65, 16: 3.25})

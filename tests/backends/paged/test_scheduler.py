@@ -228,8 +228,8 @@ def test_forks_share_a_block_until_they_write_to_it() -> None:
 def test_forks_at_the_end_of_a_block_copy_nothing() -> None:
     world = World(16)
     copies: list[tuple[int, int]] = []
-    copy: Callable[[int, int], None] = world.scheduler._copy
-    world.scheduler._copy = lambda source, target: (copies.append((source, target)), copy(source, target))
+    copy: Callable[[int, int], None] = world.scheduler.tables._copy
+    world.scheduler.tables._copy = lambda source, target: (copies.append((source, target)), copy(source, target))
     world.add(FakeGroup(0, prompt(8), [3, 3]))
     while world.scheduler.groups:
         world.step()

@@ -11,10 +11,12 @@ import numpy as np
 
 from ov_phi3.backends.paged.beam import BeamGroup
 from ov_phi3.backends.paged.constraint import ConstraintCompiler
-from ov_phi3.backends.paged.drafter import LookupDrafter, StepCosts, measure_step_costs
+from ov_phi3.backends.paged.draft_model import DraftModel, DraftSequence, ModelDrafter
+from ov_phi3.backends.paged.drafter import LookupDrafter
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
+from ov_phi3.backends.paged.step_costs import StepCosts, measure_step_costs
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis
 from ov_phi3.backends.words import TokenTexts
 from ov_phi3.errors import ConfigError, GenerationError
@@ -32,7 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["CAPABILITIES", "PagedBackend", "PagedBackendSpec"]
 
 CAPABILITIES = Capabilities(
-    "infer_request", saves_kv=True, scores=True, cancels_within_pass=True, batches=True, schedules=True
+    "infer_request",
+    saves_kv=True,
+    scores=True,
+    cancels_within_pass=True,
+    batches=True,
+    schedules=True,
+    plans_drafts=True,
 )
 
 _LOOKUP_TOKENS, _LOOKUP_NGRAM = 5, 3  # GenAI's own defaults for prompt lookup
@@ -107,25 +115,19 @@ class PagedBackend:
         self.warnings: list[str] = []
         self._tokenizer = request.tokenizer
         self._vocab_size, self._end_ids = request.info.vocab_size, request.info.eos_token_ids
-        info, kv = request.info, request.kv
-        boundary = info.rope_boundary
-        self._boundary = boundary if boundary is not None and boundary < kv.context_length else None
-        properties = dict(request.properties)
-        self._prompt_lookup = bool(properties.pop("prompt_lookup", False))
+        self._prompt_lookup = bool(request.properties.get("prompt_lookup", False))
         self._costs: StepCosts | None = None
-        self._runner = ModelRunner(
-            info.path,
-            request.device.name,
-            properties,
-            num_blocks=lambda size, block_bytes: _first_blocks(request, size, block_bytes),
-            rope_boundary=self._boundary,
-        )
-        size = self._runner.block_size
-        most = 0 if kv.num_blocks else SCRATCH_BLOCKS + request.concurrency * (-(-kv.context_length // size) + 1)
-        self._capacity = (max(most, self._runner.pool.num_blocks) - SCRATCH_BLOCKS) * size
-        # A GPU cannot cancel a pass, so a long prompt needs chunks there.
-        chunk = request.max_step_tokens or (_GPU_CHUNK if request.device.kind == "GPU" else 0)
+        self._runner, self._boundary, most = _open_runner(request)
+        self._capacity = (max(most, self._runner.pool.num_blocks) - SCRATCH_BLOCKS) * self._runner.block_size
+        chunk = _chunk(request)
         self._engine = PagedEngine(self._runner, rope_boundary=self._boundary, chunk=chunk, max_blocks=most)
+        self._draft: DraftModel | None = None
+        if request.draft is not None:
+            try:
+                self._draft = _open_draft(request.draft, self._vocab_size, chunk)
+            except BaseException:
+                self._engine.close()
+                raise
 
     @property
     def capabilities(self) -> Capabilities:
@@ -191,15 +193,22 @@ class PagedBackend:
 
     def _drafter(self, request: Request) -> Drafter | None:
         """A drafter for a reply; None if it is to have none."""
-        config, ids = request.config, request.ids
+        config, ids = request.config, request.ids.tolist()
         number = config.num_assistant_tokens or (_LOOKUP_TOKENS if self._prompt_lookup else None)
-        if config.speculation == "auto":
-            return LookupDrafter(ids.tolist(), self._step_costs)
-        if number is None:
+        draft = self._draft if config.max_ngram_size is None else None
+        if config.speculation != "auto" and number is None:
             return None
-        return LookupDrafter(
-            ids.tolist(), self._step_costs, number, range(config.max_ngram_size or _LOOKUP_NGRAM, 0, -1)
-        )
+        if draft is not None and (config.speculation == "auto" or config.num_assistant_tokens):
+            lookup, sequence = LookupDrafter(ids, self._step_costs), DraftSequence(draft, request)
+            return ModelDrafter(
+                sequence, lookup, draft, self._step_costs, self._runs_one_sequence, config.num_assistant_tokens
+            )
+        if config.speculation == "auto":
+            return LookupDrafter(ids, self._step_costs)
+        return LookupDrafter(ids, self._step_costs, number, range(config.max_ngram_size or _LOOKUP_NGRAM, 0, -1))
+
+    def _runs_one_sequence(self) -> bool:
+        return self._engine.num_sequences == 1
 
     def _step_costs(self) -> StepCosts:
         """What steps cost; measured once, by the engine's thread between two passes, and fixed from then on."""
@@ -261,12 +270,48 @@ class PagedBackend:
         self._engine.add_entry(entry)
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and its draft model."""
         self._engine.close()
+        if self._draft is not None:
+            self._draft.close()
 
 
 def _check_protocol(backend: PagedBackend) -> Backend:
     return backend  # mypy holds the class against the protocol here
+
+
+def _open_runner(request: LoadRequest) -> tuple[ModelRunner, int | None, int]:
+    """A compiled model, the LongRoPE boundary of its sequences, and the blocks that its cache may grow to."""
+    info, kv = request.info, request.kv
+    boundary = info.rope_boundary
+    boundary = boundary if boundary is not None and boundary < kv.context_length else None
+    runner = ModelRunner(
+        info.path,
+        request.device.name,
+        {key: value for key, value in request.properties.items() if key != "prompt_lookup"},
+        num_blocks=lambda size, block_bytes: _first_blocks(request, size, block_bytes),
+        rope_boundary=boundary,
+    )
+    conversation = -(-kv.context_length // runner.block_size) + 1
+    return runner, boundary, 0 if kv.num_blocks else SCRATCH_BLOCKS + request.concurrency * conversation
+
+
+def _open_draft(request: LoadRequest, vocab_size: int, chunk: int) -> DraftModel:
+    """The draft model of a model with this vocabulary."""
+    runner, boundary, most = _open_runner(request)
+    return DraftModel(
+        runner,
+        vocab_size=min(vocab_size, request.info.vocab_size),
+        context_length=request.kv.context_length,
+        rope_boundary=boundary,
+        chunk=chunk,
+        max_blocks=most,
+    )
+
+
+def _chunk(request: LoadRequest) -> int:
+    """Most prefill tokens of a pass; 0 for any number. A GPU cannot cancel a pass, so a long prompt needs chunks."""
+    return request.max_step_tokens or (_GPU_CHUNK if request.device.kind == "GPU" else 0)
 
 
 def _first_blocks(request: LoadRequest, block_size: int, block_bytes: int) -> int:

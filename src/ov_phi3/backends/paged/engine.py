@@ -14,10 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ov_phi3.backends.paged.block_manager import BlockManager
-from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner, ScheduledTokens
+from ov_phi3.backends.paged.cache import PagedCache
+from ov_phi3.backends.paged.model_runner import ModelRunner, ScheduledTokens
 from ov_phi3.backends.paged.pace import Pace
-from ov_phi3.backends.paged.prefix_store import PrefixStore
 from ov_phi3.backends.paged.scheduler import OutOfBlocks, Scheduler
 from ov_phi3.backends.paged.sequence import Sequence
 from ov_phi3.backends.protocol import Cancelled
@@ -51,11 +50,10 @@ class PagedEngine:
     ) -> None:
         self._runner = runner
         self._boundary = rope_boundary
-        self._max_blocks = max_blocks
-        self.blocks = BlockManager(runner.pool.num_blocks, runner.block_size, reserved=SCRATCH_BLOCKS)
-        self._scheduler = Scheduler(self.blocks, admit=self._admit, copy=runner.pool.copy, grow=self._grow, chunk=chunk)
+        self._cache = cache = PagedCache(runner, max_blocks)
+        self.blocks, self._prefixes = cache.blocks, cache.prefixes
+        self._scheduler = Scheduler(self.blocks, admit=self._admit, copy=cache.copy, grow=cache.grow, chunk=chunk)
         self._pace = Pace()
-        self._prefixes = PrefixStore(runner, self.blocks)
         self._inbox: deque[Group] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -91,6 +89,11 @@ class PagedEngine:
     def add_entry(self, entry: KVEntry) -> None:
         """Let groups start from an entry for as long as it is referenced elsewhere."""
         self._prefixes.add_entry(entry)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run, or whose group waits."""
+        return sum(len(group.sequences) for group in self._scheduler.groups)
 
     def close(self) -> None:
         """Wait for the thread to end, and free the model. No group may be running."""
@@ -144,10 +147,10 @@ class PagedEngine:
                 partial(_prepare, preparing) if preparing else None,
             )
         except Cancelled:
-            self._undo(parts)
+            self._cache.undo(part.sequence for part in parts)
             return
         except BaseException as exc:  # noqa: BLE001 - reported to the callers
-            self._undo(parts)
+            self._cache.undo(part.sequence for part in parts)
             for group in groups:
                 group.finish(exc)
             self._end_finished()
@@ -208,7 +211,7 @@ class PagedEngine:
         sequence.num_cached += max(0, min(right, len(part.drafts)))
         if not sequence.has_crossed:
             self._prefixes.register_full_blocks(sequence)
-        self._scheduler.release_unused(sequence)
+        self._scheduler.tables.release_unused(sequence)
 
     @staticmethod
     def _guard(group: Group, action: Callable[[], object]) -> None:
@@ -221,9 +224,7 @@ class PagedEngine:
     def _recompute_crossed(self, group: Group) -> None:
         """Compute the sequences again that have crossed the LongRoPE boundary."""
         for sequence in group.sequences:
-            if sequence.has_crossed:
-                self.blocks.release(sequence.forget_cache())
-                self._prefixes.match_blocks(sequence, len(sequence) - 1)
+            if self._cache.recompute_crossed(sequence):
                 group.recomputed_tokens += len(sequence) - sequence.num_cached
 
     def _fork(self, group: Group, sequence: Sequence) -> Sequence:
@@ -246,30 +247,6 @@ class PagedEngine:
             if not group.prompt.num_uncached:
                 group.finish()
 
-    def _grow(self) -> bool:
-        """Double the cache, up to its limit."""
-        before = self._runner.pool.num_blocks
-        wanted = min(2 * before, self._max_blocks)
-        if wanted <= before:
-            return False
-        try:
-            self._runner.grow(wanted)
-        except (MemoryError, RuntimeError):  # no more memory: preempt instead
-            self._max_blocks = before
-            return False
-        self.blocks.grow(wanted)
-        return True
-
-    def _undo(self, parts: list[ScheduledTokens]) -> None:
-        """After a pass that did not end: give up the blocks that it wrote to, whose contents are unknown."""
-        size = self.blocks.block_size
-        for part in parts:
-            sequence = part.sequence
-            whole = sequence.num_cached // size
-            self.blocks.forget(sequence.blocks[whole:])
-            sequence.num_cached = whole * size
-            del sequence.keys[whole:]
-
     # -- the end of groups -------------------------------------------------------------------------------------------
 
     def _end_finished(self) -> None:
@@ -280,6 +257,7 @@ class PagedEngine:
             self._release_ended(group)
             if not group.sequences:
                 self._scheduler.remove(group)
+                self._guard(group, group.close)
                 group.notify()
 
     def _end(self, group: Group, error: BaseException | None) -> None:
@@ -289,10 +267,7 @@ class PagedEngine:
     def _release_ended(self, group: Group) -> None:
         """Release the blocks of the sequences that a group does not continue."""
         for sequence in group.take_ended():
-            if not sequence.has_crossed:
-                self._prefixes.register_full_blocks(sequence)
-                self._prefixes.register_last_block(sequence)
-            self.blocks.release(sequence.forget_cache())
+            self._cache.release(sequence)
 
     def _end_all(self, error: BaseException) -> None:
         for group in self._scheduler.groups:

@@ -141,6 +141,9 @@ class Group:
         """Guesses of the tokens behind a sequence's last one, which the next step computes with it; () for none."""
         return ()
 
+    def close(self) -> None:
+        """Give up what it holds beside blocks; called once, in the engine's thread, before `notify`."""
+
     def prepare(self) -> None:
         """Do, while a pass with its sequences runs, what does not depend on the logits; only if `can_prepare`."""
 
@@ -179,6 +182,10 @@ class ReplyGroup(Group):
     def drafts(self, sequence: Sequence) -> Sequence_[int]:
         """Guesses of the next tokens."""
         return self._chooser.drafts(sequence)
+
+    def close(self) -> None:
+        """End the drafts."""
+        self._chooser.close()
 
     def prepare(self) -> None:
         """Compute ahead which tokens the structure allows."""
@@ -310,6 +317,11 @@ class SampleGroup(Group):
     def drafts(self, sequence: Sequence) -> Sequence_[int]:
         """Guesses of the next tokens of a sample."""
         return self._choosers[self._samples.index(sequence)].drafts(sequence) if self._samples else ()
+
+    def close(self) -> None:
+        """End the drafts of all samples."""
+        for chooser in self._choosers:
+            chooser.close()
 
     def prepare(self) -> None:
         """Compute ahead which tokens the structure allows in each sample that has not ended."""

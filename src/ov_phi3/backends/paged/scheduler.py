@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ov_phi3.backends.paged.block_tables import BlockTables
 from ov_phi3.backends.paged.model_runner import ScheduledTokens
 
 if TYPE_CHECKING:
     from ov_phi3.backends.paged.block_manager import BlockManager
     from ov_phi3.backends.paged.group import Group
-    from ov_phi3.backends.paged.sequence import Sequence
 
 __all__ = ["OutOfBlocks", "Scheduler"]
 
@@ -38,6 +38,7 @@ class Scheduler:
         waiting: groups that have not started, or were preempted, in their order.
         running: groups that have blocks, in order of arrival.
         preemptions: number of preemptions so far.
+        tables: gives blocks to sequences.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Scheduler:
     ) -> None:
         self._blocks = blocks
         self._admit = admit
-        self._copy = copy
+        self.tables = BlockTables(blocks, copy)
         self._grow = grow
         self._chunk = chunk
         self.waiting: deque[Group] = deque()
@@ -135,7 +136,7 @@ class Scheduler:
         parts = []
         for sequence in group.sequences:
             count = sequence.num_uncached
-            while not self._reserve(sequence, count):
+            while not self.tables.reserve(sequence, count):
                 if not self._preempt(group, step):
                     return
             parts.append((group, ScheduledTokens(sequence, count, group.rows(sequence, count))))
@@ -149,54 +150,29 @@ class Scheduler:
             count = min(sequence.num_uncached, budget - used, group.max_chunk or budget)
             if count < 1:
                 continue
-            while not self._reserve(sequence, count):
+            while not self.tables.reserve(sequence, count):
                 if not self._preempt(group, step):
                     return used
             step.append((group, ScheduledTokens(sequence, count, group.rows(sequence, count))))
             used += count
         return used
 
-    def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Give a sequence blocks for its next tokens; the one that is written to first must be its own."""
-        size = self._blocks.block_size
-        first = sequence.num_cached // size
-        needed = -(-(sequence.num_cached + count) // size)
-        for index in range(first, min(needed, len(sequence.blocks))):
-            block = sequence.blocks[index]
-            if not self._blocks.is_shared(block):
-                self._blocks.forget([block])  # its contents are about to change
-                continue
-            own = self._blocks.allocate()
-            if own is None:
-                return False
-            if index == first and sequence.num_cached % size:
-                self._copy(block, own)
-            self._blocks.release([block])
-            sequence.blocks[index] = own
-        while len(sequence.blocks) < needed:
-            block_or_none = self._blocks.allocate()
-            if block_or_none is None:
-                return False
-            sequence.blocks.append(block_or_none)
-        return True
-
     def _with_drafts(self, group: Group, part: ScheduledTokens) -> ScheduledTokens:
         """A decode with the drafts of its sequence, if there are blocks for them; nobody is preempted for drafts."""
         sequence = part.sequence
-        if not sequence.is_decoding or not (drafts := tuple(group.drafts(sequence))):
+        try:
+            drafts = tuple(group.drafts(sequence)) if sequence.is_decoding else ()
+        except Exception as exc:  # noqa: BLE001 - a failure of a draft model or a structure ends this group only
+            group.finish(exc)
+            return part
+        if not drafts:
             return part
         known = sequence.num_uncached
         count = known + len(drafts)
-        if not self._reserve(sequence, count):
-            self.release_unused(sequence)
+        if not self.tables.reserve(sequence, count):
+            self.tables.release_unused(sequence)
             return part
         return ScheduledTokens(sequence, count, tuple(range(known - 1, count)), drafts)
-
-    def release_unused(self, sequence: Sequence) -> None:
-        """Release the blocks that a sequence does not need for its tokens."""
-        used = -(-max(len(sequence), sequence.num_cached + 1) // self._blocks.block_size)
-        self._blocks.release(sequence.blocks[used:])
-        del sequence.blocks[used:]
 
     def _preempt(self, group: Group, step: list[tuple[Group, ScheduledTokens]]) -> bool:
         """Make room by growing, or by taking the blocks of the group that arrived last.

@@ -90,6 +90,11 @@ class TokenChooser:
         self._drafts = drafts
         return drafts
 
+    def close(self) -> None:
+        """End the drafts."""
+        if self._drafter is not None:
+            self._drafter.close()
+
     @property
     def can_prepare(self) -> bool:
         """Whether `prepare` has something to do."""
