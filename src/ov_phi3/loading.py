@@ -27,11 +27,11 @@ from ov_phi3.engine.residency import ResidentBackend
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Runner
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
-from ov_phi3.generation.hf import from_hf
 from ov_phi3.kv.layout import inference_precision
 from ov_phi3.kv.sizing import plan_kv_cache
 from ov_phi3.load_report import LoadReport, ModelWarning
 from ov_phi3.model.info import ModelInfo
+from ov_phi3.model_defaults import model_defaults, supported_defaults
 from ov_phi3.opening import OpenedBackend, open_backend
 from ov_phi3.pipeline import Pipeline
 from ov_phi3.system import devices, versions
@@ -79,7 +79,7 @@ def load(
         model_dir: what `export` wrote, or `optimum-cli export openvino`.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine
-            on paged attention, the default with `concurrency`: saved KV caches, `score`, log-probabilities.
+            on paged attention, the default with `concurrency` or `draft_model`: saved KV caches, `score` and more.
         ov_config: OpenVINO properties; they override the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.
@@ -90,8 +90,7 @@ def load(
         concurrency: requests that run at once, and conversations that the KV cache has room for (docs/streaming.md).
         template: the chat template; default: the model's own.
         adapters: LoRA adapters of peft for "llm_pipeline": a folder, a list of them, or a mapping to strengths.
-        draft_model: a smaller exported model with the same tokenizer, whose guesses the model checks several at a time
-            (docs/options.md#draft-model). "infer_request" is then the default, and `speculation="auto"`.
+        draft_model: a smaller exported model with the same tokenizer that guesses tokens (docs/options.md#draft-model).
         draft_device: its device; default: the model's.
         idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
 
@@ -110,16 +109,30 @@ def load(
     info = ModelInfo.from_dir(model_dir)
     _check_arguments(info, context_length, prefill_chunk, concurrency, template, idle_unload)
     checked = check_adapters(adapters, info, spec.capabilities)
-    defaults, ignored = _model_defaults(info)
+    defaults, ignored = model_defaults(info)
     draft = read_draft_model(draft_model, info)
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
-    plan = _with_draft(plan, draft, draft_device, ov_config)
-    opened = _open(spec, request := replace(plan, adapters=checked), template)
+    request = replace(_with_draft(plan, draft, draft_device, ov_config), adapters=checked)
+    opened = _open(spec, request, template)
+    return _pipeline(spec, request, opened, (defaults, ignored), prefill_chunk, idle_unload, began)
+
+
+def _pipeline(
+    spec: BackendSpec,
+    request: LoadRequest,
+    opened: _Opened,
+    own_options: tuple[GenerationConfig, list[str]],
+    prefill_chunk: int | None,
+    idle_unload: float | None,
+    began: float,
+) -> Pipeline:
+    """The pipeline of an opened model, after its warnings were issued."""
+    info = request.info
     try:
-        engine = _engine(spec, request, opened, (defaults, ignored), prefill_chunk, idle_unload)
-        report = _report(request, opened, [*info.warnings, *ignored], began)
+        engine = _engine(spec, request, opened, own_options, prefill_chunk, idle_unload)
+        report = _report(request, opened, [*info.warnings, *own_options[1]], began)
         for warning in report.warnings:
-            warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=2)
+            warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=3)
         return Pipeline(engine=engine, tokenizer=opened.tokenizer, device=request.device, load_report=report)
     except BaseException:
         opened.model.backend.close()  # a warning that is an error, or Ctrl-C
@@ -310,7 +323,7 @@ def _engine(
     spec: BackendSpec,
     request: LoadRequest,
     opened: _Opened,
-    model_defaults: tuple[GenerationConfig, list[str]],
+    own_options: tuple[GenerationConfig, list[str]],
     prefill_chunk: int | None,
     idle_unload: float | None,
 ) -> Engine:
@@ -320,7 +333,7 @@ def _engine(
         boundary=info.rope_boundary if (info.rope_boundary or 0) < window else None,
         assisted_tokens=_DEFAULT_ASSISTED_TOKENS if assisted else 0,
     )
-    defaults = _supported_defaults(model_defaults[0], backend, model_defaults[1])
+    defaults = supported_defaults(own_options[0], backend, own_options[1])
     if request.draft is not None and spec.capabilities.plans_drafts:
         defaults = defaults.replace(speculation="auto")
     resident = ResidentBackend(backend, lambda: _reopen(spec, request, opened.tokenizer))
@@ -353,36 +366,3 @@ def _chunk(backend: Backend, request: LoadRequest, prefill_chunk: int | None) ->
         return 0  # OpenVINO computes many tokens more slowly behind others that are cached
     large = request.device.kind == "CPU" and request.info.weight_bytes > _LARGE_MODEL
     return LARGE_MODEL_CHUNK if large else PREFILL_CHUNK
-
-
-# Options of one request that some models' files have as well: a streamed reply would be refused, or cut off at once.
-_REQUEST_OPTIONS = ("num_return_sequences", "num_beams", "num_beam_groups", "diversity_penalty", "max_length")
-
-
-def _model_defaults(info: ModelInfo) -> tuple[GenerationConfig, list[str]]:
-    """The model's own generation options, and a warning for each that cannot be applied. None breaks a valid call."""
-    ignored: list[str] = []
-    file = dict(info.generation_defaults)
-    for key in _REQUEST_OPTIONS:
-        value = file.pop(key, None)
-        neutral = (value or 0) >= info.context_length if key == "max_length" else value in (1, 0.0)
-        if value is not None and not neutral:
-            ignored.append(f"generation_config.json: {key}={value!r} is for single requests; give it to them.")
-    options: dict[str, Any] = {}
-    for name, option in from_hf(file, dropped=ignored).items():
-        try:
-            GenerationConfig(**options, **{name: option})
-        except (ConfigError, TypeError) as exc:
-            ignored.append(f"generation_config.json: {exc} It is left out.")
-        else:
-            options[name] = option
-    return GenerationConfig(**options), ignored
-
-
-def _supported_defaults(defaults: GenerationConfig, backend: Backend, ignored: list[str]) -> GenerationConfig:
-    """The model's own options without those that this backend lacks; `ignored` gets a warning for each of these."""
-    for option in defaults.infer_request_options:
-        if backend.unsupported(defaults):
-            defaults = defaults.replace(**{option.partition("=")[0]: None})
-            ignored.append(f"{option} of generation_config.json needs backend='infer_request' and is left out.")
-    return defaults

@@ -75,6 +75,9 @@ class HalfRightDrafter:
         wrong = self.draw.randrange(count + 1)
         return [*drafts[:wrong], *((token + 1) % VOCABULARY for token in drafts[wrong:])]
 
+    def close(self) -> None:
+        pass
+
 
 class History:
     """Requests in threads on one engine.

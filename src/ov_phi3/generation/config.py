@@ -99,7 +99,8 @@ class GenerationConfig:
             and reply so far; logits are float32 of shape [vocabulary] and may be changed in place. They run in order,
             after penalties and bias, before temperature. An exception in one ends the reply and is raised.
         top_logprobs: log-probabilities of each token of the reply, and of this many most likely tokens, 0 to 20.
-        speculation: "auto" guesses the next tokens from earlier text where that is faster (needs "infer_request").
+        speculation: "auto" guesses the next tokens from earlier text, or with a draft model, where that is faster
+            (needs "infer_request").
 
     Raises:
         ConfigError: an option is unknown or out of range, or two options contradict each other.
