@@ -160,7 +160,7 @@ def test_log_probabilities_are_printed_in_a_chat(talk: Talk) -> None:
 
 
 def test_a_reply_without_a_limit_ends_in_its_loop(talk: Talk) -> None:
-    _, err = talk("Tell me a long story of a cat", flags=("--ignore-eos",))
+    _, err = talk("Tell me a long story of a cat", flags=("--ignore-eos", "--repetition-penalty", "0.2"))
     assert "ended in a loop" in err
 
 
