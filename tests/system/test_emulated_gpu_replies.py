@@ -160,7 +160,10 @@ def test_default_settings_give_the_ids_of_the_same_calls_without_reuse(
     tiny_fp32: Path,
     backend: str,
     calls: Callable[[ov_phi3.Pipeline], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # In half precision later tokens of a model with random weights can be ties, which the size of a pass decides.
+    monkeypatch.setitem(GREEDY, "max_new_tokens", 3)
     pipe = load(tiny_fp32, "GPU.0", backend)
     replies = calls(pipe)
     assert calls(pipe) == replies  # now everything is cached
