@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ov_phi3
-from _environment import BootstrapError
+from _environment import BootstrapError, demo_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ __all__ = [
     "add_load_arguments",
     "add_model_arguments",
     "check",
+    "check_or_demo",
     "command",
     "exit_with",
     "load_options",
@@ -104,6 +105,12 @@ def check(options: argparse.Namespace, *, needs_model: bool = True) -> None:
     """Raise `Refused` if these arguments cannot be measured, see `refusal`."""
     if problem := refusal(options, needs_model=needs_model):
         raise Refused(problem)
+
+
+def check_or_demo(options: argparse.Namespace) -> None:
+    """Like `check`; without a model it is the demo model from here on."""
+    check(options, needs_model=False)
+    options.model = options.model or demo_model("int4")
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

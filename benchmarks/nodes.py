@@ -26,13 +26,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _environment import demo_model, run_installed
+from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_load_arguments, add_model_arguments, check, exit_with, load_options, measured_device, write_json
+from _common import (
+    add_load_arguments,
+    add_model_arguments,
+    check_or_demo,
+    exit_with,
+    load_options,
+    measured_device,
+    write_json,
+)
 from ov_phi3.backends.paged.model_runner import ModelRunner
 from ov_phi3.bench.table import table
 from ov_phi3.model.ir import IrGraph
@@ -227,8 +235,7 @@ def main() -> int:
     """Measure, print the tables, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    check(options, needs_model=False)
-    options.model = options.model or demo_model("int4")
+    check_or_demo(options)
     limit = bandwidth(options.device)
     began = time.perf_counter()
     results = measure(options)

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from _environment import demo_model, run_installed
+from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, check, exit_with, measured_device, progress, write_json
+from _common import add_model_arguments, check_or_demo, exit_with, measured_device, progress, write_json
 from ov_phi3.bench.table import table
 
 PASS = "the model's pass"
@@ -121,8 +121,7 @@ def main() -> int:
     """Measure, print the table, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    check(options, needs_model=False)
-    options.model = options.model or demo_model("int4")
+    check_or_demo(options)
     steps = measure(options)
     progress("")
     quarter = max(1, len(steps) // 4)

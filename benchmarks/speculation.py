@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from _environment import demo_model, run_installed
+from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
@@ -31,7 +31,7 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
-    check,
+    check_or_demo,
     exit_with,
     load_options,
     measured_device,
@@ -168,8 +168,7 @@ def main() -> int:
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
     began = time.perf_counter()
-    check(options, needs_model=False)
-    options.model = options.model or demo_model("int4")
+    check_or_demo(options)
     with ov_phi3.load(options.model, backend="infer_request", **load_options(options)) as pipe:
         outcomes = measure(pipe, options)
     progress("")

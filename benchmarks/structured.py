@@ -16,7 +16,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from _environment import demo_model, run_installed
+from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
@@ -25,7 +25,7 @@ import ov_phi3
 from _common import (
     add_load_arguments,
     add_model_arguments,
-    check,
+    check_or_demo,
     exit_with,
     load_options,
     measured_device,
@@ -89,8 +89,7 @@ def main() -> int:
     """Measure, print the table, write the JSON."""
     options = parse_arguments()
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
-    check(options, needs_model=False)
-    options.model = options.model or demo_model("int4")
+    check_or_demo(options)
     outcomes = measure(options)
     progress("")
     rows = [("with a schema over without", "median", "quartiles")]

@@ -181,9 +181,7 @@ def _plan(
 ) -> LoadRequest:
     """Device, properties and the size of the KV cache."""
     device = _resolve_device(device_name)
-    merged = merge_config(device, ov_config)
-    properties = {**_float32_properties(info, device, ov_config or {}), **merged}
-    properties = spec.resolve_properties(device, properties)
+    properties = spec.resolve_properties(device, _properties(info, device, ov_config))
     if draft is not None and not spec.capabilities.plans_drafts:
         properties["draft_model"] = str(draft.path)
     kv = plan_kv_cache(
@@ -215,8 +213,7 @@ def _with_draft(
             raise ConfigError(f"draft_device={device_name!r} is for a draft model: give draft_model too.")
         return request
     device = request.device if device_name is None else _resolve_device(device_name)
-    merged = merge_config(device, ov_config)
-    properties = {**_float32_properties(draft, device, ov_config or {}), **merged, "CACHE_DIR": ""}
+    properties = _properties(draft, device, ov_config) | {"CACHE_DIR": ""}
     properties = {key: value for key, value in properties.items() if key not in _GENAI_PROPERTIES}
     return replace(request, draft=draft_request(draft, device, properties, request.kv, request.concurrency))
 
@@ -227,6 +224,12 @@ def _resolve_device(name: str) -> DeviceInfo:
     if advice := devices.hint(device, present):
         _log.warning("%s", advice)
     return device
+
+
+def _properties(info: ModelInfo, device: DeviceInfo, ov_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The caller's properties over the defaults for a device and a model."""
+    merged = merge_config(device, ov_config)  # first: it checks them
+    return {**_float32_properties(info, device, ov_config or {}), **merged}
 
 
 def _float32_properties(info: ModelInfo, device: DeviceInfo, ov_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,14 +32,16 @@ from ov_phi3.system import versions
 
 __all__ = ["CONVERT_TOKENIZER", "HUB_CONFIG", "OPTIMUM_CLI", "VERIFY", "Job"]
 
+
+def _own_main(module: str) -> str:
+    """Python code that runs the main function of a module of this package, which need not be installed."""
+    return f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.{module} import main; main()"
+
+
 # Python code for the subprocesses, see `child.bootstrap`.
 OPTIMUM_CLI = "from optimum.commands.optimum_cli import main; main()"
 CONVERT_TOKENIZER = "from openvino_tokenizers.cli_tools.convert_tokenizer import convert_hf_tokenizer as m; m()"
-VERIFY = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.verify import main; main()"
-CALIBRATED = (
-    f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.calibration import main; main()"
-)
-MERGE = f"sys.path.append({str(Path(__file__).parents[2])!r}); from ov_phi3.exporting.merge import main; main()"
+VERIFY, CALIBRATED, MERGE = _own_main("verify"), _own_main("calibration"), _own_main("merge")
 _FETCHED_LINE = "ov_phi3-fetched: "
 HUB_CONFIG = f"""
 from huggingface_hub import hf_hub_download

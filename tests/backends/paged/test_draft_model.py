@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import paged
 import pytest
+from drafting import time_with_drafts
 
 import ov_phi3
 from ov_phi3 import ConfigError, Pipeline
@@ -307,17 +308,7 @@ def time_of(
         lambda: alone,
     )  # fmt: skip
     drafter.add(reply[:1])
-    at, time, last = 1, 0.0, 1
-    while at < len(reply):
-        drafts = drafter.draft(len(reply) - at - 1)
-        rows = 1 + len(drafts)
-        time += costs.of(rows) + (costs.change if rows != last else 0.0)
-        last = rows
-        right_ones = 0
-        while right_ones < len(drafts) and drafts[right_ones] == reply[at + right_ones]:
-            right_ones += 1
-        drafter.add(reply[at : at + right_ones + 1])
-        at += right_ones + 1
+    time = time_with_drafts(drafter, reply, costs)
     return (time + stub.passes * each) / (len(reply) - 1)
 
 

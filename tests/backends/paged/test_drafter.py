@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from drafting import time_with_drafts
 
 from ov_phi3.backends.paged.drafter import LookupDrafter
 from ov_phi3.backends.paged.step_costs import STEP_ROWS, StepCosts, best_rows, measure_step_costs
@@ -21,19 +22,8 @@ def drafter(ids: list[int], costs: StepCosts = DEMO, number: int | None = None, 
 
 def time_of(prompt: list[int], reply: list[int], costs: StepCosts) -> float:
     """Time of a reply with drafts, in steps of one token per token, without its first token."""
-    draft = drafter([*prompt, reply[0]], costs)
-    at, time, last = 1, 0.0, 1
-    while at < len(reply):
-        drafts = draft.draft(len(reply) - at - 1)
-        rows = 1 + len(drafts)
-        time += costs.of(rows) + (costs.change if rows != last else 0.0)
-        last = rows
-        right = 0
-        while right < len(drafts) and drafts[right] == reply[at + right]:
-            right += 1
-        draft.add(reply[at : at + right + 1])
-        at += right + 1
-    return time / (len(reply) - 1)
+    drafts = drafter([*prompt, reply[0]], costs)
+    return time_with_drafts(drafts, reply, costs) / (len(reply) - 1)
 
 
 def words(seed: int, count: int, kinds: int) -> list[int]:

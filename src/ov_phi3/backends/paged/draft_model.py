@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ov_phi3.backends.paged.block_tables import BlockTables
 from ov_phi3.backends.paged.cache import PagedCache
+from ov_phi3.backends.paged.drafter import HitRate
 from ov_phi3.backends.paged.model_runner import ModelRunner, ScheduledTokens
 from ov_phi3.backends.paged.sequence import Sequence as TokenSequence
 from ov_phi3.backends.paged.step_costs import DraftPlan, Offer, StepCosts, measure_step_costs
@@ -37,8 +37,6 @@ _FIRST_CREDIT, _CREDIT_PER_TOKEN = 4.0, 0.015  # see `DraftPlan`: who loads a dr
 _CONFIDENCES = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)
 _RATES = (0.2, 0.35, 0.55, 0.7, 0.85, 0.95)
 _RATE = 0.7
-_SLOWEST_WEIGHT = 0.06  # of the newest outcome in a moving average
-_PRIOR_OUTCOMES = 3  # how many outcomes the first estimate counts for
 _RECOVERY = 0.01  # for each token without drafts, the estimate comes back by this share towards the first one
 
 
@@ -203,23 +201,6 @@ class DraftSequence:
         self._model.cache.release(self._sequence)
 
 
-@dataclass(slots=True)
-class _Average:
-    """How often drafts were right.
-
-    Attributes:
-        rate: a moving average.
-        outcomes: how many it holds, the first estimate counted as some.
-    """
-
-    rate: float
-    outcomes: int = _PRIOR_OUTCOMES
-
-    def note(self, right: bool) -> None:
-        self.outcomes += 1
-        self.rate += max(_SLOWEST_WEIGHT, 1.0 / self.outcomes) * (right - self.rate)
-
-
 class ModelDrafter:
     """Drafts by lookup where that is expected to give more tokens per time, else by a draft model.
 
@@ -245,9 +226,9 @@ class ModelDrafter:
         self._sequence, self._lookup, self._model = sequence, lookup, model
         self._costs, self._alone, self._number = costs, alone, number
         self._plan = DraftPlan(_FIRST_CREDIT, _CREDIT_PER_TOKEN)
-        self._rate = _Average(_RATE)
-        self._rates = [_Average(rate) for rate in _RATES]
-        self._pending: list[tuple[int, _Average]] = []  # drafts of the model whose outcome is not known
+        self._rate = HitRate(_RATE)
+        self._rates = [HitRate(rate) for rate in _RATES]
+        self._pending: list[tuple[int, HitRate]] = []  # drafts of the model whose outcome is not known
 
     def add(self, ids: Sequence[int]) -> None:
         """Note ids that the sequence has now."""
@@ -298,7 +279,7 @@ class ModelDrafter:
         """
         row = (costs.of(rows) - 1.0) / (rows - 1)
         all_right = 1.0
-        outcomes: list[_Average] = []
+        outcomes: list[HitRate] = []
 
         def proceed(probability: float) -> bool:
             nonlocal all_right

@@ -12,16 +12,16 @@ draft, and counts how often it was right. Text that does not repeat costs no pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ov_phi3.backends.paged.step_costs import DraftPlan, Offer, StepCosts
 
-__all__ = ["Drafter", "LookupDrafter"]
+__all__ = ["Drafter", "HitRate", "LookupDrafter"]
 
 _NGRAM_SIZES = (8, 4, 2, 1)  # of the index, the longest first
 _LONGEST = 32  # tokens of a match that are counted
 _SLOWEST_WEIGHT = 0.06  # of the newest outcome in a moving average
-_PRIOR_OUTCOMES = 3  # how many outcomes the first estimate counts for
 # How often a prediction is taken to be right before anything is known of a text, by the length of its match, from so
 # many tokens on, and by its kind. The outcomes correct these estimates.
 _LENGTHS = (1, 2, 3, 4, 6, 9, 16)
@@ -37,6 +37,24 @@ _RATES = (
 )
 
 _RUN = 3  # right predictions in a row: then some credit is lent
+
+
+@dataclass(slots=True)
+class HitRate:
+    """How often predictions of one kind were right.
+
+    Attributes:
+        rate: a moving average, which begins with an estimate.
+        outcomes: how many it holds; the estimate counts for three.
+    """
+
+    rate: float
+    outcomes: int = 3
+
+    def note(self, right: bool) -> None:
+        """Note whether a prediction was right."""
+        self.outcomes += 1
+        self.rate += max(_SLOWEST_WEIGHT, 1.0 / self.outcomes) * (right - self.rate)
 
 
 class Drafter(Protocol):
@@ -82,8 +100,7 @@ class LookupDrafter:
         self._source = -1  # position of the token that is expected next; -1 for none
         self._matched = 0
         self._kind = _UNIQUE
-        self._rates = [list(rates) for rates in _RATES]
-        self._outcomes = [[_PRIOR_OUTCOMES] * len(_LENGTHS) for _ in _RATES]
+        self._rates = [[HitRate(rate) for rate in rates] for rates in _RATES]
         self._plan = DraftPlan()
         self._run = 0  # right predictions in a row
         self._interrupted = -1  # where in the text a long match ended
@@ -141,7 +158,7 @@ class LookupDrafter:
         """Of each prediction, at most so many, how likely it is right if those before it are; [] without a match."""
         rates = self._rates[self._kind]
         ahead = range(most if self._source >= 0 else 0)
-        return [rates[_LENGTH_CLASS[min(self._matched + i, _LONGEST)]] for i in ahead]
+        return [rates[_LENGTH_CLASS[min(self._matched + i, _LONGEST)]].rate for i in ahead]
 
     def predicted(self, count: int) -> list[int]:
         """The next tokens by the match that is followed; without one the last token, which fills the rows."""
@@ -154,10 +171,7 @@ class LookupDrafter:
         return drafts
 
     def _learn(self, right: bool) -> None:
-        kind, length = self._kind, _LENGTH_CLASS[self._matched]
-        self._outcomes[kind][length] += 1
-        weight = max(_SLOWEST_WEIGHT, 1.0 / self._outcomes[kind][length])
-        self._rates[kind][length] += weight * (right - self._rates[kind][length])
+        self._rates[self._kind][_LENGTH_CLASS[self._matched]].note(right)
 
     def _find(self) -> None:
         """Look for the last tokens at an earlier place, the longest n-gram first."""
