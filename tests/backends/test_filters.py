@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ov_phi3 import GenerationConfig
@@ -40,12 +40,14 @@ def drawn(count: int = 3000, **options: Any) -> set[int]:
 
 
 @given(logits_of, st.floats(0.001, 1.0))
+@example(np.array([0, 1, 2, 29, 0.75, -8, -9, -10], dtype=np.float32), 1.0)
 def test_typical_equals_the_definition(logits: Any, mass: float) -> None:
     weights = np.exp(logits.astype(np.float64) - logits.max())
     kept, expected = set(typical(weights, mass).tolist()), typical_set(weights.tolist(), mass)
-    # Rounding may move one token across the limit.
     assert kept
-    assert len(kept ^ expected) <= 2
+    # Rounding may exchange one token at the limit, and move any number of tokens that are too unlikely to change a sum.
+    share = sorted(weights[list(kept ^ expected)] / weights.sum())
+    assert sum(share[:-2]) < 1e-12
 
 
 def test_typical_can_exclude_the_most_likely_token() -> None:

@@ -69,7 +69,8 @@ def test_a_comparison_names_the_emulated_device(emulated: DeviceInfo, captions: 
         machine=ov_phi3.Machine.here(),
         device=emulated,
         model={"path": "/models/mini", "quantization": "f32", "weight_bytes": 1},
-        roofline=ov_phi3.Roofline(1e9, 10**6, 10.0),
+        rooflines=dict.fromkeys(("ov_phi3", "openvino_genai"), ov_phi3.Roofline(1e9, 10**6, 10.0)),
+        bandwidths=[1e9],
     )
     assert f"/models/mini (f32) on {FULL_NAME}" in module("_comparison_text").comparison_text(made)
     assert json.loads(json.dumps(made.to_dict()))["device"]["full_name"] == emulated.full_name
