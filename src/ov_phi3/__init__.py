@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.layout import KVUsage
     from ov_phi3.kv.prefix_index import PrefixCache, PrefixIndex
-    from ov_phi3.load_report import LoadReport, ModelWarning
+    from ov_phi3.load_report import DraftReport, LoadReport, ModelWarning
     from ov_phi3.loading import load
     from ov_phi3.many import OnProgress, Outcome, ReplyBatch, RequestOptions, Row
     from ov_phi3.model.info import ModelInfo
@@ -157,6 +157,7 @@ _HOMES = {
         "PrefixIndex",
     ),
     "load_report": (
+        "DraftReport",
         "LoadReport",
         "ModelWarning",
     ),
@@ -214,6 +215,7 @@ __all__ = [
     "ContextOverflowError",
     "DeviceError",
     "DeviceInfo",
+    "DraftReport",
     "EngineReport",
     "Error",
     "ExportError",

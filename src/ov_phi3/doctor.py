@@ -6,6 +6,7 @@ information comes through `Sources`, so that a test can reach every branch.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ov_phi3.draft_models import read_draft_model
+from ov_phi3.draft_trial import DraftTrial, try_draft_model
 from ov_phi3.errors import Error
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.system import versions
@@ -84,6 +87,8 @@ class Sources:
         inspect: reads a model directory, as `ModelInfo.from_dir` does.
         canary: (model directory, device name, repeat) -> the greedy token ids of each repetition, from one loaded
             pipeline.
+        read_draft: reads the directory of a draft model and compares its vocabulary with that of the model.
+        draft_trial: (model directory, device name, directory of the draft model, its device or None) -> its trial.
         environ: environment variables.
         home: the user's home folder.
     """
@@ -95,6 +100,8 @@ class Sources:
     canary: Callable[[Path, str, int], Sequence[list[int]]]
     environ: Mapping[str, str]
     home: Path
+    read_draft: Callable[[Path, Any], Any] = read_draft_model
+    draft_trial: Callable[[Path, str, Path, str | None], DraftTrial] = try_draft_model
 
 
 def default_sources() -> Sources:
@@ -107,6 +114,9 @@ def diagnose(
     device: str = "AUTO",
     canary: bool | None = None,
     sources: Sources | None = None,
+    *,
+    draft_model: str | os.PathLike[str] | None = None,
+    draft_device: str | None = None,
 ) -> list[Check]:
     """Run all checks. Never raises: a check that fails to run is an "error" itself.
 
@@ -116,12 +126,15 @@ def diagnose(
         canary: whether to load the model and generate `CANARY_TOKENS` tokens twice. By default this is done if there is
             a model and no error before. It takes one load, and for a GPU a second one on the CPU.
         sources: the sources of information.
+        draft_model: a draft model for the model, to check and to try with it.
+        draft_device: its device; default: the model's.
 
     Returns:
         The checks, each after those that it depends on.
     """
     sources = sources or default_sources()
     path = None if model_dir is None else Path(model_dir)
+    draft = None if draft_model is None else Path(draft_model)
     checks = [
         *_guard("python", lambda: [_python()]),
         *_guard("packages", lambda: [_packages(sources)]),
@@ -132,10 +145,16 @@ def diagnose(
     checks += _guard("devices", lambda: _devices(sources, present))
     checks += _guard("gpu", lambda: _gpu_stack(sources.probe, device, present))
     checks += _guard("device", lambda: _device(sources, device, present, chosen))
-    checks += _guard("memory", lambda: [_memory(sources.probe, path, chosen)])
+    checks += _guard("memory", lambda: [_memory(sources.probe, [path, draft], chosen)])
     checks += _guard("model", lambda: _model(sources, path))
+    checks += _guard("draft model", lambda: _draft_model(sources, path, draft, draft_device))
     run_canary = canary if canary is not None else worst(checks) != "error"
     checks += _guard("canary", lambda: [_canary(sources, path, chosen, run=run_canary)])
+    if draft is not None:
+        trial = None
+        if run_canary and path is not None and chosen and worst(checks) != "error":
+            trial = functools.partial(sources.draft_trial, path, chosen[0].name, draft, draft_device)
+        checks += _guard("draft replies", lambda: [_draft_replies(trial)])
     return checks
 
 
@@ -253,12 +272,12 @@ def _device(sources: Sources, device: str, present: list[DeviceInfo], chosen: li
     yield Check("device", "warning" if advice else "ok", f"{device} is {_describe(chosen[0])}", advice)
 
 
-def _memory(probe: Probe, model_dir: Path | None, chosen: Sequence[DeviceInfo]) -> Check:
+def _memory(probe: Probe, model_dirs: Sequence[Path | None], chosen: Sequence[DeviceInfo]) -> Check:
     memory = machine_memory(probe.root, probe.platform)
     if memory is None:
         return Check("memory", "skipped", "this system does not report its memory")
     detail = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
-    size = _size(model_dir)
+    size = sum(_size(model_dir) for model_dir in model_dirs)
     if not size:
         return Check("memory", "ok", detail)
     detail += f", weights {size / _GIB:.2f} GiB"
@@ -292,6 +311,34 @@ def _model(sources: Sources, model_dir: Path | None) -> Iterator[Check]:
     yield Check("model", "ok", detail)
     for warning in info.warnings:
         yield Check("model", "warning", str(warning))
+
+
+def _draft_model(
+    sources: Sources, model_dir: Path | None, draft_dir: Path | None, draft_device: str | None
+) -> Iterator[Check]:
+    """The check whether a draft model can be used, and is small enough to be worth it; none without one."""
+    if draft_dir is None:
+        if draft_device is not None:
+            yield Check("draft model", "error", f"draft_device={draft_device!r} is for one", "give draft_model too")
+        return
+    if model_dir is None:
+        yield Check("draft model", "skipped", "no model directory was given")
+        return
+    draft = sources.read_draft(draft_dir, sources.inspect(model_dir))  # _guard turns an error into a check
+    weights, others = _size(draft_dir), _size(model_dir)
+    share = f"{weights / 2**20:,.0f} MiB of weights, {weights / max(1, others):.0%} of the model's"
+    detail = (
+        f"{draft.family}, {draft.quantization}, context {draft.context_length} tokens, the same vocabulary, {share}"
+    )
+    fix = "use a draft model of a tenth: its passes must be much cheaper" if 2 * weights > others else ""
+    yield Check("draft model", "warning" if fix else "ok", detail, fix)
+
+
+def _draft_replies(trial: Callable[[], DraftTrial] | None) -> Check:
+    """Whether replies with the draft model are the replies without, and what it gains."""
+    if trial is None:
+        return Check("draft replies", "skipped", "not run: it was not requested, or there are errors to fix first")
+    return Check("draft replies", *trial().verdict)
 
 
 def _canary(sources: Sources, model_dir: Path | None, chosen: Sequence[DeviceInfo], *, run: bool) -> Check:

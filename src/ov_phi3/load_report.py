@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LoadReport", "ModelWarning"]
+__all__ = ["DraftReport", "LoadReport", "ModelWarning"]
 
 
 class ModelWarning(UserWarning):
@@ -15,11 +15,29 @@ class ModelWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
+class DraftReport:
+    """A draft model that was loaded beside a model.
+
+    Attributes:
+        path: its directory.
+        device: the name of its device.
+        weight_bytes: bytes of its weights.
+        load_ms: reading and compiling it, in milliseconds, which `LoadReport.model_ms` contains; None with
+            "llm_pipeline", which loads both together.
+    """
+
+    path: Path
+    device: str
+    weight_bytes: int
+    load_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """What loading took and found.
 
     Attributes:
-        model_ms: reading and compiling the model, in milliseconds.
+        model_ms: reading and compiling the model, and its draft model, in milliseconds.
         tokenizer_ms: opening the tokenizer, in milliseconds.
         total_ms: all of `load`, in milliseconds.
         cache: "off", or how the compile cache was used: "fresh" (written), "verified" or "purged".
@@ -28,6 +46,7 @@ class LoadReport:
         backend: the backend's name.
         kv_cache_tokens: tokens that the KV cache has room for; None for a cache that grows.
         warnings: sentences about what works, but not as it should; also issued as `ModelWarning`.
+        draft: its draft model, or None.
     """
 
     model_ms: float
@@ -39,3 +58,4 @@ class LoadReport:
     backend: str
     kv_cache_tokens: int | None = None
     warnings: tuple[str, ...] = ()
+    draft: DraftReport | None = None

@@ -29,7 +29,7 @@ from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.kv.layout import inference_precision
 from ov_phi3.kv.sizing import plan_kv_cache
-from ov_phi3.load_report import LoadReport, ModelWarning
+from ov_phi3.load_report import DraftReport, LoadReport, ModelWarning
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.model_defaults import model_defaults, supported_defaults
 from ov_phi3.opening import OpenedBackend, open_backend
@@ -319,7 +319,14 @@ def _report(request: LoadRequest, opened: _Opened, notes: list[str], began: floa
         backend=backend.capabilities.name,
         kv_cache_tokens=request.kv.capacity or None,
         warnings=tuple(notes),
+        draft=_draft_report(request.draft, backend),
     )
+
+
+def _draft_report(draft: LoadRequest | None, backend: Backend) -> DraftReport | None:
+    if draft is None:
+        return None
+    return DraftReport(draft.info.path, draft.device.name, draft.info.weight_bytes, backend.draft_ms)
 
 
 def _engine(

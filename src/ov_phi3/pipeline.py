@@ -24,6 +24,7 @@ from ov_phi3.prefix import Prefix, encode_after, load_prefix, prefill
 from ov_phi3.signatures import naming_options
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 from ov_phi3.text.tools import Tools
+from ov_phi3.warmup import warm_up
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -361,11 +362,10 @@ class Pipeline:
         """Run one short inference now, so that the first request does not pay for it; returns its milliseconds.
 
         Args:
-            speculation: "auto", the default with a draft model, also measures what steps with drafts cost.
+            speculation: "auto", the default with a draft model, also generates a reply that repeats its prompt, so that
+                no later one has to measure what steps with drafts cost.
         """
-        began = now()
-        self.generate(self.encode("Hi"), max_new_tokens=2, ignore_eos=True, do_sample=False, speculation=speculation)
-        return (now() - began) * 1000.0
+        return warm_up(self.generate, self.encode("Hi"), self.info.vocab_size, speculation)
 
     @property
     def loaded(self) -> bool:

@@ -44,6 +44,7 @@ class ScriptedBackend:
     needs_whole_prompts: bool = False
     kv_layout: str = ""
     warnings: list[str] = field(default_factory=list)
+    draft_ms: float | None = None
 
     def unsupported(self, config: GenerationConfig) -> str | None:
         return None

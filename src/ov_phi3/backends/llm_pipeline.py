@@ -165,6 +165,7 @@ class LLMPipelineBackend:
 
     Attributes:
         warnings: sentences about what works, but not as it should.
+        draft_ms: None: GenAI loads both models together.
     """
 
     needs_whole_prompts = False
@@ -190,6 +191,7 @@ class LLMPipelineBackend:
         self._weights: Any = None
         self._converted: tuple[tuple[GenerationConfig, tuple[int, ...]], Any] | None = None
         self.warnings: list[str] = []
+        self.draft_ms: float | None = None
         scheduler: Any = properties.get("scheduler_config")
         self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
         self._contents_known = (

@@ -191,9 +191,11 @@ class Backend(Protocol):
 
     Attributes:
         warnings: sentences about what works, but not as it should.
+        draft_ms: what loading the draft model took, in milliseconds; None without one, or if it is unknown.
     """
 
     warnings: list[str]
+    draft_ms: float | None
 
     @property
     def capabilities(self) -> Capabilities:

@@ -220,7 +220,7 @@ def _report(pipe: Pipeline, plan: Plan, results: _Results) -> Report:
 
 def _settings(pipe: Pipeline, plan: Plan) -> dict[str, Any]:
     """How the model was loaded and measured, as JSON-ready values."""
-    load_report = pipe.load_report
+    load_report, draft = pipe.load_report, pipe.load_report.draft
     return {
         "backend": load_report.backend,
         "ov_config": {key: str(value) for key, value in load_report.ov_config.items()},
@@ -228,6 +228,7 @@ def _settings(pipe: Pipeline, plan: Plan) -> dict[str, Any]:
         "kv_cache": asdict(pipe.engine.kv_plan.layout),
         "prefill_chunk": pipe.engine.prefill_chunk,
         "compile_cache": load_report.cache,
+        "draft_model": None if draft is None else {**asdict(draft), "path": str(draft.path)},
         "prompt_tokens": list(plan.prompt_tokens),
         "new_tokens": plan.new_tokens,
         "repeat": plan.repeat,

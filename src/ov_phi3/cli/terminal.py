@@ -190,6 +190,18 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens prefilled at once; 0 for whole prompts"
     )
+    add_draft_arguments(parser)
+    parser.add_argument(
+        "--ov-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an OpenVINO property that overrides the latency defaults; repeatable",
+    )
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a draft model."""
     parser.add_argument(
         "--draft-model",
         type=Path,
@@ -198,13 +210,6 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "infer_request",
     )
     parser.add_argument("--draft-device", metavar="DEVICE", help="device of the draft model (default: the model's)")
-    parser.add_argument(
-        "--ov-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an OpenVINO property that overrides the latency defaults; repeatable",
-    )
 
 
 def properties(pairs: list[str]) -> dict[str, Any]:
@@ -240,6 +245,8 @@ def load(args: argparse.Namespace, backend: str | None = None) -> Pipeline:
             concurrency=getattr(args, "concurrency", 1),
         )
     wrapped_note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
+    if (draft := pipe.load_report.draft) is not None:
+        wrapped_note(f"draft model {draft.path} on {draft.device}, {draft.weight_bytes / 2**20:,.0f} MiB of weights")
     remember(pipe.info)
     for warning in caught:
         wrapped_note(f"warning: {warning.message}")

@@ -185,6 +185,7 @@ def add_doctor(commands: Any) -> None:
     parser.add_argument(
         "--canary", action=argparse.BooleanOptionalAction, help="run a short greedy reply (default: yes)"
     )
+    terminal.add_draft_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     parser.set_defaults(run=_doctor)
 
@@ -192,7 +193,13 @@ def add_doctor(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from ov_phi3.doctor import diagnose, worst
 
-    checks = diagnose(args.model, args.device, canary=args.canary)
+    checks = diagnose(
+        args.model,
+        args.device,
+        canary=args.canary,
+        draft_model=args.draft_model,
+        draft_device=args.draft_device,
+    )
     if args.json:
         print(json.dumps([asdict(c) for c in checks], indent=2))
     else:

@@ -40,6 +40,7 @@ class ResidentBackend:
     Attributes:
         loaded: whether weights and KV cache are in memory.
         warnings: those of the first opening.
+        draft_ms: of the first opening.
     """
 
     def __init__(self, backend: Backend, reopen: Callable[[], Backend]) -> None:
@@ -49,6 +50,7 @@ class ResidentBackend:
         self._entries: weakref.WeakSet[KVEntry] = weakref.WeakSet()
         self.loaded = True
         self.warnings = backend.warnings
+        self.draft_ms = backend.draft_ms
 
     def load(self) -> float | None:
         """Open the backend if it is not open.

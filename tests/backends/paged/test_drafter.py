@@ -8,7 +8,7 @@ import pytest
 from drafting import time_with_drafts
 
 from ov_phi3.backends.paged.drafter import LookupDrafter
-from ov_phi3.backends.paged.step_costs import STEP_ROWS, StepCosts, best_rows, measure_step_costs
+from ov_phi3.backends.paged.step_costs import STEP_ROWS, MeasuredCosts, StepCosts, best_rows
 
 DEMO = StepCosts({1: 1.0, 2: 1.04, 3: 1.05, 4: 1.1, 6: 1.24, 8: 1.38, 12: 1.6, 16: 1.8}, change=0.55)
 LARGE = StepCosts({1: 1.0, 2: 1.35, 3: 1.5, 4: 1.64, 6: 1.71, 8: 2.05, 12: 2.65, 16: 3.25})
@@ -16,8 +16,8 @@ LARGE = StepCosts({1: 1.0, 2: 1.35, 3: 1.5, 4: 1.64, 6: 1.71, 8: 2.05, 12: 2.65,
 
 def drafter(ids: list[int], costs: StepCosts = DEMO, number: int | None = None, sizes: int = 3) -> LookupDrafter:
     if number is None:
-        return LookupDrafter(ids, lambda: costs)
-    return LookupDrafter(ids, lambda: costs, number, range(sizes, 0, -1))
+        return LookupDrafter(ids, costs)
+    return LookupDrafter(ids, costs, number, range(sizes, 0, -1))
 
 
 def time_of(prompt: list[int], reply: list[int], costs: StepCosts) -> float:
@@ -47,7 +47,7 @@ class TestLookup:
 
     def test_behind_a_replaced_token_a_long_match_goes_on(self) -> None:
         text = list(range(100, 130))
-        lookup = drafter([*text, *text[:8]], StepCosts(DEMO.costs))
+        lookup = drafter([*text, *text[:8]], StepCosts({rows: DEMO.of(rows) for rows in DEMO.rows}))
         lookup.add([5])  # in place of 108
         assert lookup.draft(4)[:2] == [109, 110]
 
@@ -125,20 +125,94 @@ class TestNumber:
         assert time_of(prompt, reply, LARGE) < 0.75
 
 
-def test_costs_are_the_shortest_times_and_never_fall() -> None:
-    times = {rows: 0.02 * DEMO.of(rows) for rows in STEP_ROWS}
-    calls: list[int] = [0]
+class Device:
+    """Passes of these costs, in seconds, behind passes of another number of rows and with noise.
 
-    def seconds_of(rows: int) -> float:
-        calls.append(rows)
-        changed = rows != calls[-2]
-        noise = 0.1 if len(calls) % 17 == 3 else 0.0
-        return times[rows] + (0.02 * DEMO.change if changed else 0.0) + noise - (0.008 if rows == 8 else 0)
+    Args:
+        costs: of the passes.
+        seconds: of a pass of one row.
+        noise: of each pass, from this seed, as a share of its time; None for none.
+    """
 
-    costs = measure_step_costs(seconds_of)
-    assert costs.rows == STEP_ROWS
-    assert costs.of(1) == 1.0
-    assert costs.change == pytest.approx(DEMO.change, abs=0.02)
-    assert costs.of(8) == costs.of(6)  # the measured time was less
-    assert costs.of(5) == costs.of(6)
-    assert costs.of(16) == pytest.approx(1.8, abs=0.02)
+    def __init__(self, costs: StepCosts, seconds: float, noise: int | None = None) -> None:
+        self.costs, self.seconds = costs, seconds
+        self.draw = None if noise is None else random.Random(noise)
+        self.passes: list[int] = [1]
+
+    def run(self, rows: int) -> float:
+        cost = self.costs.of(rows) + (self.costs.change if rows != self.passes[-1] else 0.0)
+        self.passes.append(rows)
+        return self.seconds * cost * (1.0 if self.draw is None else self.draw.uniform(1.0, 1.6))
+
+
+class TestMeasuredCosts:
+    def test_are_the_shortest_times_and_never_fall(self) -> None:
+        device = Device(StepCosts({**{rows: DEMO.of(rows) for rows in STEP_ROWS}, 8: 1.0}, DEMO.change), 0.02)
+        costs = MeasuredCosts(device.run)
+        assert costs.rows == STEP_ROWS
+        assert costs.change == pytest.approx(DEMO.change, abs=0.02)
+        assert costs.of(16) == pytest.approx(1.8, abs=0.02)
+        assert costs.of(6) == pytest.approx(1.24, abs=0.02)
+        assert costs.of(8) == costs.of(6)  # the measured time was less
+        assert costs.of(5) == costs.of(6)
+        assert costs.of(12) == pytest.approx(1.6, abs=0.02)
+        assert costs.of(1) == 1.0
+        assert MeasuredCosts(lambda rows: 0.01 if rows == 1 else 9.0).of(4) == 4.0  # as many steps of one row
+
+    def test_one_that_cannot_pay_is_not_measured(self) -> None:
+        device = Device(LARGE, 0.2)
+        costs = MeasuredCosts(device.run)
+        assert best_rows(costs, []) == (1, 1.0)
+        assert best_rows(costs, [0.04] * 15) == (1, 1.0)
+        assert device.passes == [1]
+        assert best_rows(costs, [0.25] * 15) == (1, 1.0)
+        assert device.passes == [1, 1, 1, 2]  # three and more give 1.33 tokens at most, and cost more than two
+        assert best_rows(costs, [0.99] * 15, credit=0.3) == (1, 1.0)
+        assert len(device.passes) == 4
+        assert best_rows(costs, [0.99] * 15)[0] == 16
+        assert device.passes[4:] == [3, 4, 6, 8, 12, 16]
+
+    def test_few_passes_for_each(self) -> None:
+        device = Device(DEMO, 0.006)
+        costs = MeasuredCosts(device.run)
+        for rows in STEP_ROWS:
+            costs.of(rows)
+        assert len(device.passes) - 1 <= 3 * len(STEP_ROWS) + 3
+
+    def test_more_passes_where_times_differ(self) -> None:
+        times = [0.02, 0.03, 0.009, 0.015, 0.0095]
+        costs = MeasuredCosts(lambda _: times.pop(0))
+        assert costs.seconds == 0.009
+        assert times == []
+
+    @pytest.mark.parametrize("table", [DEMO, LARGE], ids=["demo", "large"])
+    def test_the_first_text_has_the_drafts_that_it_has_later(self, table: StepCosts) -> None:
+        """Also where times are noise: what was not measured yet would not have changed a decision."""
+        for seed in range(60):
+            costs = MeasuredCosts(Device(table, 0.006, noise=seed).run)
+            prompt = words(seed, 120, 30 if seed % 2 else 2000)
+            reply = [token if index % 13 else 2001 for index, token in enumerate(prompt[20:])]
+            runs = [drafts_of(prompt, reply, costs) for _ in range(2)]
+            assert runs[0] == runs[1]
+
+    def test_exact_times_decide_as_their_table(self) -> None:
+        for seed in range(20):
+            prompt = words(seed, 120, 50)
+            reply = prompt[30:90] + words(seed + 1, 40, 50)
+            table = {rows: round(32 * LARGE.of(rows)) / 32 for rows in STEP_ROWS}
+            measured = MeasuredCosts(Device(LARGE, 0.06).run)
+            assert drafts_of(prompt, reply, measured) == drafts_of(prompt, reply, StepCosts(table))
+
+
+def drafts_of(prompt: list[int], reply: list[int], costs: StepCosts) -> list[list[int]]:
+    """The drafts of each step of a reply."""
+    lookup, drafts = drafter([*prompt, reply[0]], costs), []
+    at = 1
+    while at < len(reply):
+        drafts.append(lookup.draft(len(reply) - at - 1))
+        right = 0
+        while right < len(drafts[-1]) and drafts[-1][right] == reply[at + right]:
+            right += 1
+        lookup.add(reply[at : at + right + 1])
+        at += right + 1
+    return drafts

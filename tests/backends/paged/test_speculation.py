@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 
 import ov_phi3
 from ov_phi3 import ConfigError, Pipeline
+from ov_phi3.backends.paged.model_runner import ModelRunner
 
 COPY = "Repeat word for word: the red fox and the blue fox and the red fox and the blue fox met at the old mill."
 AUTO = {"speculation": "auto"}
+COUNT = " one two three four five six"
 CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\ndef mul(a, b):\n    return a * b\n"
 
 
@@ -158,17 +162,48 @@ def test_a_fixed_number_of_drafts(loop: Pipeline, demo_fp32: Any, device: str) -
         assert (reply.metrics.drafted_tokens or 0) > 0
 
 
-def test_the_same_ids_every_time(pipe: Pipeline, demo_int4: Any, device: str) -> None:
-    """Decisions follow from the prompt's own tokens, so that also rounding is the same."""
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+def test_the_same_ids_every_time(
+    demo_int4: Any, device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decisions follow from the prompt's own tokens and from costs that stay, so that also rounding is the same.
+
+    The first reply measures the costs, on a clock that never says the same twice. A bias makes replies repeat their
+    prompt, so that drafts come true.
+    """
+    monkeypatch.setattr(ModelRunner, "time_rows", lambda _, rows: (1.0 + 0.05 * rows) * random.uniform(0.01, 0.03))
     with ov_phi3.load(demo_int4, device=device, backend="infer_request") as own:
-        replies = set()
-        for _ in range(4):
+        prompt = own.encode(f"Count:{2 * COUNT}")
+        words = own.tokenizer.encode_continuation(COUNT).tolist()
+        following = dict(itertools.pairwise([*words, words[0]]))
+
+        def lean(ids: Any, logits: Any) -> Any:
+            logits[following.get(int(ids[-1]), words[0])] += 8.0
+            return logits
+
+        outcomes = set()
+        for _ in range(10):
             paged.evict_all(own)
-            reply = own.generate(COPY, max_new_tokens=24, do_sample=False, ignore_eos=True, **AUTO)
-            replies.add(tuple(reply.token_ids))
-        assert len(replies) == 1
+            reply = own.generate(
+                prompt, max_new_tokens=32, ignore_eos=True, logits_processors=[lean], **AUTO, **options
+            )
+            counts = reply.metrics
+            outcomes.add((tuple(reply.token_ids), counts.steps, counts.drafted_tokens, counts.accepted_tokens))
+        assert len(outcomes) == 1
+        assert (reply.metrics.accepted_tokens or 0) > 4
+
+
+def test_only_our_own_engine_decides(pipe: Pipeline) -> None:
     with pytest.raises(ConfigError, match=r"speculation='auto'.*infer_request"):
         pipe.generate("Hi", **AUTO)
+
+
+def test_after_a_warmup_nothing_is_measured(demo_int4: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ov_phi3.load(demo_int4, device=device, backend="infer_request") as own:
+        own.warmup(**AUTO)
+        monkeypatch.setattr(ModelRunner, "time_rows", None)
+        reply = own.generate(COPY, max_new_tokens=16, do_sample=False, ignore_eos=True, **AUTO)
+        assert len(reply.token_ids) == 16
 
 
 @pytest.mark.parametrize(

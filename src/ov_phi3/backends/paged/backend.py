@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ov_phi3.backends.paged.drafter import LookupDrafter
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
-from ov_phi3.backends.paged.step_costs import StepCosts, measure_step_costs
+from ov_phi3.backends.paged.step_costs import MeasuredCosts
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis
 from ov_phi3.backends.words import TokenTexts
 from ov_phi3.errors import ConfigError, GenerationError
@@ -104,6 +105,7 @@ class PagedBackend:
 
     Attributes:
         warnings: sentences about what works, but not as it should.
+        draft_ms: what loading the draft model took, in milliseconds; None without one.
     """
 
     needs_whole_prompts = False
@@ -116,15 +118,18 @@ class PagedBackend:
         self._tokenizer = request.tokenizer
         self._vocab_size, self._end_ids = request.info.vocab_size, request.info.eos_token_ids
         self._prompt_lookup = bool(request.properties.get("prompt_lookup", False))
-        self._costs: StepCosts | None = None
         self._runner, self._boundary, most = _open_runner(request)
+        self._costs = MeasuredCosts(self._runner.time_rows)  # for the engine's thread between two passes
         self._capacity = (max(most, self._runner.pool.num_blocks) - SCRATCH_BLOCKS) * self._runner.block_size
         chunk = _chunk(request)
         self._engine = PagedEngine(self._runner, rope_boundary=self._boundary, chunk=chunk, max_blocks=most)
         self._draft: DraftModel | None = None
+        self.draft_ms: float | None = None
         if request.draft is not None:
+            began = time.perf_counter()
             try:
                 self._draft = _open_draft(request.draft, self._vocab_size, chunk)
+                self.draft_ms = (time.perf_counter() - began) * 1000.0
             except BaseException:
                 self._engine.close()
                 raise
@@ -199,22 +204,16 @@ class PagedBackend:
         if config.speculation != "auto" and number is None:
             return None
         if draft is not None and (config.speculation == "auto" or config.num_assistant_tokens):
-            lookup, sequence = LookupDrafter(ids, self._step_costs), DraftSequence(draft, request)
+            lookup, sequence = LookupDrafter(ids, self._costs), DraftSequence(draft, request)
             return ModelDrafter(
-                sequence, lookup, draft, self._step_costs, self._runs_one_sequence, config.num_assistant_tokens
+                sequence, lookup, draft, self._costs, self._runs_one_sequence, config.num_assistant_tokens
             )
         if config.speculation == "auto":
-            return LookupDrafter(ids, self._step_costs)
-        return LookupDrafter(ids, self._step_costs, number, range(config.max_ngram_size or _LOOKUP_NGRAM, 0, -1))
+            return LookupDrafter(ids, self._costs)
+        return LookupDrafter(ids, self._costs, number, range(config.max_ngram_size or _LOOKUP_NGRAM, 0, -1))
 
     def _runs_one_sequence(self) -> bool:
         return self._engine.num_sequences == 1
-
-    def _step_costs(self) -> StepCosts:
-        """What steps cost; measured once, by the engine's thread between two passes, and fixed from then on."""
-        if self._costs is None:
-            self._costs = measure_step_costs(self._runner.time_rows)
-        return self._costs
 
     def _with_texts(self, request: Request) -> Request:
         config = request.config

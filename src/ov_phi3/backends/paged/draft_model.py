@@ -6,7 +6,6 @@ by a smaller number of cached tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from ov_phi3.backends.paged.cache import PagedCache
 from ov_phi3.backends.paged.drafter import HitRate
 from ov_phi3.backends.paged.model_runner import ModelRunner, ScheduledTokens
 from ov_phi3.backends.paged.sequence import Sequence as TokenSequence
-from ov_phi3.backends.paged.step_costs import DraftPlan, Offer, StepCosts, measure_step_costs
+from ov_phi3.backends.paged.step_costs import DraftPlan, MeasuredCosts, Offer, StepCosts
 from ov_phi3.backends.protocol import Cancelled
 
 if TYPE_CHECKING:
@@ -50,6 +49,10 @@ class DraftModel:
         rope_boundary: see `Sequence`; its own.
         chunk: most tokens of a pass; 0 for any number.
         max_blocks: see `PagedCache`.
+
+    Attributes:
+        runner: the compiled model and its cache.
+        costs: what its passes cost, for the engine's thread between two passes.
     """
 
     def __init__(
@@ -67,13 +70,9 @@ class DraftModel:
         self.context_length = context_length
         self.boundary = rope_boundary
         self.chunk = chunk or 2**31
+        self.costs: StepCosts = MeasuredCosts(runner.time_rows)
         self.cache = PagedCache(runner, max_blocks)
         self._tables = BlockTables(self.cache.blocks, self.cache.copy)
-
-    @functools.cached_property
-    def costs(self) -> StepCosts:
-        """What its passes cost; measured once, by the engine's thread between two passes."""
-        return measure_step_costs(self.runner.time_rows)
 
     def pass_cost(self, model: StepCosts) -> float:
         """What a pass of one token costs, in steps of one row of the model."""
@@ -208,7 +207,7 @@ class ModelDrafter:
         sequence: the sequence in the draft model.
         lookup: drafts by lookup, and knows nothing of the draft model.
         model: the draft model.
-        costs: what steps of the model cost; asked for at the first draft.
+        costs: what steps of the model cost.
         alone: whether nothing else runs. Otherwise the passes of the draft model would hold up other replies, and it
             does not draft.
         number: how many tokens the draft model drafts in every step; default: what is expected to be fastest.
@@ -219,7 +218,7 @@ class ModelDrafter:
         sequence: DraftSequence,
         lookup: LookupDrafter,
         model: DraftModel,
-        costs: Callable[[], StepCosts],
+        costs: StepCosts,
         alone: Callable[[], bool],
         number: int | None = None,
     ) -> None:
@@ -243,22 +242,22 @@ class ModelDrafter:
         self._pending = []
         if self._number is not None:
             return self._sequence.draft(min(most, self._number))
-        costs = self._costs()
-        each = self._model.pass_cost(costs)
+        costs, each = self._costs, 0.0
         offers = [Offer(costs, self._lookup.chances(min(most, costs.most_drafts)))]
-        if self._alone():
-            room = self._sequence.room(min(most, costs.most_drafts))
-            offers.append(Offer(costs.with_passes(each), [self._rate.rate] * room, self._setup(each)))
+        room = self._sequence.room(min(most, costs.most_drafts)) if self._alone() else 0
+        if room:
+            each = self._model.pass_cost(costs)
+            offers.append(Offer(costs, [self._rate.rate] * room, self._setup(each), each))
         choice = self._plan.choose(offers, most, self._lookup.confident)
         if choice.offer == 0:
             self._plan.take(choice.rows, choice.cost)
             return self._lookup.predicted(choice.rows - 1)
-        drafts = self._draft_with_model(costs, each, choice.rows, choice.expected / choice.cost)
+        drafts = self._draft_with_model(each, choice.rows, choice.expected / choice.cost)
         if not drafts:  # the reply is not wanted any more, or the cache has no room
             self._plan.take(1, 1.0)
             return []
-        rows = self._rows_for(costs, 1 + len(drafts), most)
-        spared = costs.with_passes(each).of(choice.rows) - costs.of(rows) - len(drafts) * each
+        rows = self._rows_for(1 + len(drafts), most)
+        spared = costs.of(choice.rows) - costs.of(rows) + (choice.rows - 1 - len(drafts)) * each
         self._plan.take(rows, choice.cost - spared)
         return drafts + drafts[-1:] * (rows - 1 - len(drafts))
 
@@ -268,16 +267,15 @@ class ModelDrafter:
         passes = self._model.costs
         return each * math.ceil(behind / passes.rows[-1]) * passes.of(behind) if behind else 0.0
 
-    def _draft_with_model(self, costs: StepCosts, each: float, rows: int, speed: float) -> list[int]:
+    def _draft_with_model(self, each: float, rows: int, speed: float) -> list[int]:
         """Drafts for so many rows; fewer where one more is not worth its pass.
 
         Args:
-            costs: of steps of the model.
             each: what a pass of the draft model costs, in steps.
             rows: of the step.
             speed: expected tokens per step of one row, by which a token is worth `1 / speed` steps.
         """
-        row = (costs.of(rows) - 1.0) / (rows - 1)
+        row = (self._costs.of(rows) - 1.0) / (rows - 1)
         all_right = 1.0
         outcomes: list[HitRate] = []
 
@@ -292,8 +290,9 @@ class ModelDrafter:
         self._pending = list(zip(drafts, outcomes, strict=False))
         return drafts
 
-    def _rows_for(self, costs: StepCosts, needed: int, most: int) -> int:
-        """Rows of a step with drafts: a number that is measured, and that of the last step where a change is dear."""
+    def _rows_for(self, needed: int, most: int) -> int:
+        """Rows of a step with drafts: a number of the table, and that of the last step where a change is dear."""
+        costs = self._costs
         rows = next(rows for rows in costs.rows if rows >= needed)
         last = self._plan.rows
         if rows < last <= most + 1 and costs.of(last) - costs.of(rows) < costs.change:

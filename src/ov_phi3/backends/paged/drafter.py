@@ -11,7 +11,7 @@ draft, and counts how often it was right. Text that does not repeat costs no pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class LookupDrafter:
 
     Args:
         ids: the sequence so far.
-        costs: what steps cost; asked for at the first draft.
+        costs: what steps cost.
         number: how many tokens are drafted wherever there is a match; default: what is expected to be fastest.
         sizes: sizes of the n-grams, the longest first.
     """
@@ -89,7 +89,7 @@ class LookupDrafter:
     def __init__(
         self,
         ids: Sequence[int],
-        costs: Callable[[], StepCosts],
+        costs: StepCosts,
         number: int | None = None,
         sizes: Sequence[int] = _NGRAM_SIZES,
     ) -> None:
@@ -141,7 +141,7 @@ class LookupDrafter:
         """The next tokens, at most `most` and possibly none."""
         if self._number is not None:
             return self.predicted(min(most, self._number)) if self._source >= 0 else []
-        costs = self._costs()  # measured at the first step, whether there is something to draft or not
+        costs = self._costs
         choice = self._plan.choose([Offer(costs, self.chances(min(most, costs.most_drafts)))], most, self.confident)
         self._plan.take(choice.rows, choice.cost)
         return self.predicted(choice.rows - 1)

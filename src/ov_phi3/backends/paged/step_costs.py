@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,18 +10,20 @@ __all__ = [
     "STEP_ROWS",
     "Choice",
     "DraftPlan",
+    "MeasuredCosts",
     "Offer",
     "StepCosts",
     "best_rows",
     "expected_tokens",
-    "measure_step_costs",
 ]
 
 STEP_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Rows of a step with drafts, the last known token included: few, since a CPU prepares kernels for each number."""
 
-_MOST_ROUNDS, _MEASURED_SECONDS = 8, 1.0
-_SAMPLES_OF_ONE = 4  # in a round: all other times are divided by that of one row
+# A time is known when the two shortest samples agree so far, or after so many of them, or so many seconds.
+_AGREEMENT, _MOST_SAMPLES, _MOST_SECONDS = 1.1, 8, 0.2
+_LEAST_SAMPLES_OF_ONE = 2  # by which all other times are divided
+_LONG_SECONDS = 0.05  # of a step whose change to another number of rows, some milliseconds, hardly counts
 
 _MARGIN = 1.05  # drafts are made where a step with them is expected to be faster by this factor per token
 
@@ -38,17 +39,29 @@ class StepCosts:
     """What a step of several rows of one sequence costs, in steps of one row.
 
     Args:
-        costs: cost by number of rows, behind a step of as many.
+        costs: cost by number of rows, behind a step of as many; more rows never cost less.
         change: what a step costs more behind a step of another number of rows. A CPU then prepares every node of the
             graph again, which on a small model takes as long as half a step.
         seconds: of a step of one row; 0 if unknown.
+
+    Attributes:
+        rows: the numbers of rows that a step can have, the smallest first.
     """
 
     def __init__(self, costs: Mapping[int, float], change: float = 0.0, seconds: float = 0.0) -> None:
-        self.costs = dict(sorted(costs.items()))
-        self.rows = tuple(self.costs)
-        self.change = change
-        self.seconds = seconds
+        self._costs = dict(costs)
+        self._change, self._seconds = change, seconds
+        self.rows: tuple[int, ...] = tuple(sorted(costs))
+
+    @property
+    def change(self) -> float:
+        """What a step costs more behind a step of another number of rows."""
+        return self._change
+
+    @property
+    def seconds(self) -> float:
+        """Of a step of one row; 0 if unknown."""
+        return self._seconds
 
     @property
     def most_drafts(self) -> int:
@@ -56,45 +69,79 @@ class StepCosts:
         return self.rows[-1] - 1
 
     def of(self, rows: int) -> float:
-        """What a step of this number of rows costs: as the next larger one that was measured."""
-        return next((cost for number, cost in self.costs.items() if number >= rows), self.costs[self.rows[-1]])
+        """What a step of this number of rows costs: as one of the next larger number in `rows`."""
+        return self._cost(next((number for number in self.rows if number >= rows), self.rows[-1]))
 
-    def with_passes(self, each: float) -> StepCosts:
-        """The same with a pass of another model for every draft, each of which costs so many steps."""
-        costs = {rows: cost + (rows - 1) * each for rows, cost in self.costs.items()}
-        return StepCosts(costs, self.change, self.seconds)
+    def at_least(self, rows: int) -> float:
+        """A lower bound of `of`, for which nothing is measured."""
+        return max(cost for number, cost in self._costs.items() if number <= rows)
 
-    @classmethod
-    def from_seconds(cls, seconds: Mapping[int, float], change: float = 0.0) -> StepCosts:
-        """From measured times. They are rounded, and a step of more rows never costs less."""
-        one = seconds[min(seconds)]
-        costs: dict[int, float] = {}
-        least = 1.0
-        for rows in sorted(seconds):
-            least = max(least, round(32 * seconds[rows] / one) / 32)
-            costs[rows] = least
-        return cls(costs, max(0.0, round(32 * change / one) / 32), one)
+    def _cost(self, number: int) -> float:
+        return self._costs[number]
 
 
-def measure_step_costs(seconds_of: Callable[[int], float]) -> StepCosts:
-    """Measure what steps cost: the shortest of some rounds, since anything else in the machine only adds to a time.
+class MeasuredCosts(StepCosts):
+    """Costs that are measured one by one, each when a decision depends on it, and are fixed from then on.
+
+    A step that cannot be worth more drafts whatever they cost needs no measurement, and decides as it would with one:
+    so the drafts of a prompt are the same the first time as later, and a short reply does not pay for a whole table.
 
     Args:
         seconds_of: runs a step of a number of rows and returns its time.
     """
-    best = dict.fromkeys(STEP_ROWS, math.inf)
-    back = dict.fromkeys(STEP_ROWS[1:], math.inf)  # of one row behind several
-    began, rounds = time.perf_counter(), 0
-    while rounds < _MOST_ROUNDS and (not rounds or time.perf_counter() - began < _MEASURED_SECONDS):
-        for rows in STEP_ROWS:
-            seconds_of(rows)  # the first of a number of rows changes over to it, and the very first prepares kernels
-            for _ in range(_SAMPLES_OF_ONE if rows == 1 else 1):
-                best[rows] = min(best[rows], seconds_of(rows))
-            if rows > 1:
-                back[rows] = min(back[rows], seconds_of(1))
-        rounds += 1
-    changes = sorted(seconds - best[1] for seconds in back.values())
-    return StepCosts.from_seconds(best, changes[len(changes) // 2])
+
+    def __init__(self, seconds_of: Callable[[int], float]) -> None:
+        super().__init__({1: 1.0})
+        self._seconds_of = seconds_of
+        self.rows = STEP_ROWS
+
+    @property
+    def seconds(self) -> float:
+        """Of a step of one row."""
+        if not self._seconds:
+            self._seconds = self._shortest(1, _LEAST_SAMPLES_OF_ONE)
+        return self._seconds
+
+    @property
+    def change(self) -> float:
+        """What a step costs more behind a step of another number of rows; measured with the first cost."""
+        if len(self._costs) == 1:
+            self._cost(self.rows[1])
+        return self._change
+
+    def _cost(self, number: int) -> float:
+        if number not in self._costs:
+            one, first = self.seconds, len(self._costs) == 1
+            measured = min(self._rounded(self._shortest(number)), float(number))  # it is worth as many steps at most
+            larger = (cost for rows, cost in self._costs.items() if rows > number)
+            self._costs[number] = max(self.at_least(number), min([measured, *larger]))
+            if first and one < _LONG_SECONDS:
+                self._change = max(0.0, self._rounded(self._shortest_back(number) - one))
+        return self._costs[number]
+
+    def _rounded(self, seconds: float) -> float:
+        return round(32 * seconds / self.seconds) / 32
+
+    def _shortest(self, rows: int, least: int = 1) -> float:
+        """The shortest of some times, since anything else in the machine only adds to a time."""
+        times: list[float] = []
+        while len(times) < least or not _is_known(times):
+            times.append(self._seconds_of(rows))  # the very first prepares kernels
+        return min(times)
+
+    def _shortest_back(self, rows: int) -> float:
+        """The same of a step of one row behind one of several, which was the last."""
+        times = [self._seconds_of(1)]
+        while not _is_known(times):
+            self._seconds_of(rows)
+            times.append(self._seconds_of(1))
+        return min(times)
+
+
+def _is_known(times: Sequence[float]) -> bool:
+    shortest = sorted(times)[:2]
+    agree = len(shortest) == 2 and shortest[1] < _AGREEMENT * shortest[0]
+    return agree or len(times) >= _MOST_SAMPLES or sum(times) > _MOST_SECONDS
 
 
 def expected_tokens(costs: StepCosts, chances: Sequence[float]) -> dict[int, float]:
@@ -117,21 +164,29 @@ def expected_tokens(costs: StepCosts, chances: Sequence[float]) -> dict[int, flo
     return tokens
 
 
-def best_rows(costs: StepCosts, chances: Sequence[float], credit: float = math.inf, last: int = 1) -> tuple[int, float]:
+def best_rows(
+    costs: StepCosts, chances: Sequence[float], credit: float = math.inf, last: int = 1, each: float = 0.0
+) -> tuple[int, float]:
     """The number of rows that gives the most tokens per time, and its cost; 1 if no draft is worth its cost.
+
+    It asks for a cost only if the cost decides: where the lower bound is too much already, the cost is too.
 
     Args:
         costs: see `StepCosts`.
         chances: see `expected_tokens`.
         credit: most that a step may cost more than one without drafts.
         last: rows of the step before. Coming back to one row costs nothing, as it is paid for at the start of a run.
+        each: what every draft costs beside its row.
     """
     best, best_cost, best_rate = 1, 1.0, _MARGIN if last == 1 else 1.0
     for rows, expected in expected_tokens(costs, chances).items():
-        if rows == 1:
+        passes = (rows - 1) * each
+        least = costs.at_least(rows) + passes
+        if rows == 1 or least - 1.0 > credit or expected / least <= best_rate:
             continue
-        change = 0.0 if rows == last else costs.change * (2.0 * _CHANGE_SHARE if last == 1 else 1.0)
-        cost = costs.of(rows) + change
+        cost = costs.of(rows) + passes
+        if rows != last and cost - 1.0 <= credit and expected / cost > best_rate:
+            cost += costs.change * (2.0 * _CHANGE_SHARE if last == 1 else 1.0)
         if cost - 1.0 <= credit and expected / cost > best_rate:
             best, best_cost, best_rate = rows, cost, expected / cost
     return best, best_cost
@@ -145,11 +200,13 @@ class Offer:
         costs: of steps with them.
         chances: see `expected_tokens`.
         setup: what they cost once more, before the first of them.
+        each: what every draft costs beside its row: a pass of another model.
     """
 
     costs: StepCosts
     chances: Sequence[float]
     setup: float = 0.0
+    each: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +259,7 @@ class DraftPlan:
         credit = self._earned + (_CREDIT_OF_RUN if confident else 0.0)
         best = Choice(0, 1, 1.0)
         for index, offer in enumerate(offers):
-            rows, cost = best_rows(offer.costs, offer.chances, credit - offer.setup, self.rows)
+            rows, cost = best_rows(offer.costs, offer.chances, credit - offer.setup, self.rows, offer.each)
             expected = expected_tokens(offer.costs, offer.chances)[rows]
             if rows > 1 and expected / cost > best.expected / best.cost:
                 best = Choice(index, rows, cost + offer.setup, expected)
