@@ -1,12 +1,16 @@
 """What `speculation="auto"` gains on text that repeats its prompt, and costs on text that does not, in one run.
 
     python benchmarks/speculation.py [MODEL] [--device CPU] [--temperature 0 1] [--minutes N] [--json FILE]
+        [--draft SMALLER_MODEL [--draft-device DEVICE]]
 
 Every reply is generated with and without speculation, in random order, on one pipeline; the figure is the median of the
 ratios of the time per token. The replies that repeat their prompt are given texts, which a logits processor enforces,
 so that any model gives them; the others are the model's own. Both kinds are also compared id by id, and replies with
 the same seed with each other. All texts take turns, until every text has `--repeat` pairs or the time is over; each has
 one pair at least. Without MODEL, the demo model is used.
+
+With `--draft`, a second pipeline has that draft model, and every pair becomes a triple: without, with lookup, and with
+lookup or the draft model, whichever is expected to be faster.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from _environment import run_installed
@@ -41,14 +48,17 @@ from _common import (
 from _speculation_texts import PLAIN, REPEATING
 from ov_phi3.bench.table import table
 
+LOOKUP, DRAFT = "lookup", "draft model"
+
 
 @dataclass
 class Outcome:
-    """Pairs of replies to one prompt at one temperature."""
+    """Replies to one prompt at one temperature with drafts of one source, each beside one without."""
 
     text: str
     repeats: bool
     temperature: float
+    source: str
     tpot: list[float] = field(default_factory=list)
     equal: int = 0
     replies: set[tuple[int, ...]] = field(default_factory=set)
@@ -75,31 +85,41 @@ def forcing(prompt_tokens: int, reply: list[int]) -> Callable[[Any, Any], Any]:
     return force
 
 
-def run(
-    pipe: ov_phi3.Pipeline, outcome: Outcome, prompt: str, reply: str, options: argparse.Namespace, number: int
-) -> None:
-    """Generate a pair of replies; the one with number -1 is not measured."""
-    rng = random.Random(f"{options.seed} {outcome.text}")
-    ids = pipe.encode(prompt)
-    config: dict[str, Any] = {"max_new_tokens": options.new_tokens, "ignore_eos": True}
-    if reply:
-        forced = pipe.tokenizer.encode_continuation(reply).tolist()
-        config = {"max_new_tokens": len(forced), "ignore_eos": True, "logits_processors": [forcing(len(ids), forced)]}
-    config["temperature"] = outcome.temperature
-    if outcome.temperature:
-        config["seed"] = rng.randrange(2**32)
+@dataclass
+class Work:
+    """One prompt at one temperature, with its outcome for each source of drafts."""
+
+    prompt: str
+    reply: str
+    outcomes: list[Outcome]
+
+
+def run(pipes: dict[str, ov_phi3.Pipeline], work: Work, options: argparse.Namespace, number: int) -> None:
+    """Generate a reply without drafts and one for each source; those with number -1 are not measured."""
+    text, temperature = work.outcomes[0].text, work.outcomes[0].temperature
+    plain = pipes[LOOKUP]
+    ids = plain.encode(work.prompt)
+    config: dict[str, Any] = {"max_new_tokens": options.new_tokens, "ignore_eos": True, "temperature": temperature}
+    if work.reply:
+        forced = plain.tokenizer.encode_continuation(work.reply).tolist()
+        config |= {"max_new_tokens": len(forced), "logits_processors": [forcing(len(ids), forced)]}
+    if temperature:
+        config["seed"] = random.Random(f"{options.seed} {text}").randrange(2**32)
     results = {}
-    for kind in random.Random(f"{outcome.text} {number}").sample(["off", "auto"], 2):
-        results[kind] = pipe.generate(ids, speculation=kind, **config)
-    outcome.replies.add(tuple(results["auto"].token_ids))
-    if number < 0:
-        return
-    off, auto = results["off"].metrics, results["auto"].metrics
-    outcome.tpot.append((auto.tpot_ms or math.nan) / (off.tpot_ms or math.nan))
-    outcome.equal += results["off"].token_ids == results["auto"].token_ids
-    outcome.tokens_per_step.append(auto.tokens_per_step or math.nan)
-    outcome.drafted += auto.drafted_tokens or 0
-    outcome.accepted += auto.accepted_tokens or 0
+    kinds = ["", *pipes]
+    for source in random.Random(f"{text} {number}").sample(kinds, len(kinds)):
+        kind: ov_phi3.Speculation = "auto" if source else "off"
+        results[source] = pipes.get(source, plain).generate(ids, speculation=kind, **config)
+    off = results[""]
+    for outcome in work.outcomes:
+        reply = results[outcome.source]
+        outcome.replies.add(tuple(reply.token_ids))
+        if number >= 0:
+            outcome.tpot.append((reply.metrics.tpot_ms or math.nan) / (off.metrics.tpot_ms or math.nan))
+            outcome.equal += off.token_ids == reply.token_ids
+            outcome.tokens_per_step.append(reply.metrics.tokens_per_step or math.nan)
+            outcome.drafted += reply.metrics.drafted_tokens or 0
+            outcome.accepted += reply.metrics.accepted_tokens or 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -107,6 +127,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, device="CPU")
     add_load_arguments(parser)
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="a smaller model with the same tokenizer")
+    parser.add_argument("--draft-device", metavar="DEVICE", help="its device (default: the model's)")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], metavar="T")
     parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="of a model's own (default: 96)")
     parser.add_argument("--repeat", type=int, default=4, metavar="N", help="pairs per text (default: %(default)s)")
@@ -116,38 +138,52 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(pipe: ov_phi3.Pipeline, options: argparse.Namespace) -> list[Outcome]:
+def measure(pipes: dict[str, ov_phi3.Pipeline], options: argparse.Namespace) -> list[Outcome]:
     """All texts, at all temperatures."""
-    pipe.warmup(speculation="auto")
+    for pipe in pipes.values():
+        pipe.warmup(speculation="auto")
     texts = [(name, prompt, reply) for name, (prompt, reply) in REPEATING.items() if options.only != "plain"]
     texts += [(question, question, "") for question in PLAIN if options.only != "repeating"]
     works = [
-        (Outcome(name, bool(reply), temperature), prompt, reply)
+        Work(prompt, reply, [Outcome(name, bool(reply), temperature, source) for source in pipes])
         for name, prompt, reply in texts
         for temperature in options.temperature
     ]
     began = time.perf_counter()
     for number in range(-1, options.repeat):
-        for outcome, prompt, reply in works:
+        for work in works:
             if number > 0 and time.perf_counter() - began > 60.0 * options.minutes:
                 break
-            progress(f"pair {number + 1}: {outcome.text}, temperature {outcome.temperature:g}")
-            run(pipe, outcome, prompt, reply, options, number)
-    return [outcome for outcome, _, _ in works]
+            progress(f"round {number + 1}: {work.outcomes[0].text}, temperature {work.outcomes[0].temperature:g}")
+            run(pipes, work, options, number)
+    return [outcome for work in works for outcome in work.outcomes]
 
 
 def results(outcomes: list[Outcome]) -> str:
     """The results as a table, with the highest ratio of each kind of text."""
-    rows = [("text", "temperature", "TPOT ratio", "quartiles", "tokens per step", "accepted", "equal ids", "replies")]
-    worst = {True: 0.0, False: 0.0}
+    rows = [
+        (
+            "text",
+            "drafts by",
+            "temperature",
+            "TPOT ratio",
+            "quartiles",
+            "tokens per step",
+            "accepted",
+            "equal ids",
+            "replies",
+        )
+    ]
+    medians: dict[tuple[str, bool], list[float]] = {}
     for outcome in outcomes:
         ratio, step = ov_phi3.Summary.of(outcome.tpot), ov_phi3.Summary.of(outcome.tokens_per_step)
         if ratio is None or step is None:
             continue
-        worst[outcome.repeats] = max(worst[outcome.repeats], ratio.p50)
+        medians.setdefault((outcome.source, outcome.repeats), []).append(ratio.p50)
         rows.append(
             (
                 outcome.text[:30],
+                outcome.source,
                 f"{outcome.temperature:g}",
                 f"{ratio.p50:.3f}",
                 f"{ratio.p25:.3f} to {ratio.p75:.3f}",
@@ -157,10 +193,28 @@ def results(outcomes: list[Outcome]) -> str:
                 str(len(outcome.replies)),
             )
         )
-    summary = (
-        f"Highest median ratio: {worst[True]:.3f} where the reply repeats its prompt, {worst[False]:.3f} elsewhere."
-    )
-    return f"{table(rows)}\nMedian of the ratios to speculation='off', pair by pair. {summary}"
+    lines = [table(rows), "Median of the ratios to speculation='off', round by round."]
+    for (source, repeats), ratios in medians.items():
+        where = "where the reply repeats its prompt" if repeats else "elsewhere"
+        lines.append(f"{source}, {where}: median {statistics.median(ratios):.3f}, highest {max(ratios):.3f}")
+    for repeats in (True, False):
+        ratios = over_lookup([outcome for outcome in outcomes if outcome.repeats == repeats])
+        if (summary := ov_phi3.Summary.of(ratios)) is not None:
+            where = "where the reply repeats its prompt" if repeats else "elsewhere"
+            quartiles = f"{summary.p25:.3f} to {summary.p75:.3f}"
+            lines.append(f"{DRAFT} over {LOOKUP}, {where}: {summary.p50:.3f} ({quartiles})")
+    return "\n".join(lines)
+
+
+def over_lookup(outcomes: list[Outcome]) -> list[float]:
+    """Times per token with the draft model over those with lookup alone, of the same rounds."""
+    lookups = {(other.text, other.temperature): other.tpot for other in outcomes if other.source == LOOKUP}
+    ratios: list[float] = []
+    for outcome in outcomes:
+        if outcome.source == DRAFT:
+            pairs = zip(outcome.tpot, lookups[outcome.text, outcome.temperature], strict=True)
+            ratios += [drafted / lookup for drafted, lookup in pairs]
+    return ratios
 
 
 def main() -> int:
@@ -169,16 +223,24 @@ def main() -> int:
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
     began = time.perf_counter()
     check_or_demo(options)
-    with ov_phi3.load(options.model, backend="infer_request", **load_options(options)) as pipe:
-        outcomes = measure(pipe, options)
+    with ExitStack() as stack:
+        load: dict[str, Any] = {"backend": "infer_request", **load_options(options)}
+        pipes = {LOOKUP: stack.enter_context(ov_phi3.load(options.model, **load))}
+        if options.draft is not None or options.draft_device is not None:
+            load |= {"draft_model": options.draft, "draft_device": options.draft_device}
+            pipes[DRAFT] = stack.enter_context(ov_phi3.load(options.model, **load))
+        draft = pipes[DRAFT].load_report.draft if DRAFT in pipes else None
+        outcomes = measure(pipes, options)
     progress("")
     device = measured_device(options)
-    print(f"{ov_phi3.Machine.here()}\n{options.model} on {device}\n\n{results(outcomes)}")
+    beside = "" if draft is None else f", draft model {draft.path} on {draft.device}"
+    print(f"{ov_phi3.Machine.here()}\n{options.model} on {device}{beside}\n\n{results(outcomes)}")
     if options.json:
         report = {
             "machine": ov_phi3.Machine.here().to_dict(),
             "device": asdict(device),
             "model": str(options.model),
+            "draft_model": None if draft is None else {**asdict(draft), "path": str(draft.path)},
             "texts": [outcome.to_dict() for outcome in outcomes],
             "seconds": time.perf_counter() - began,
         }

@@ -78,6 +78,23 @@ def test_nodes_finds_every_matrix_product_and_its_bytes(demo_int4: Path, tmp_pat
     assert 0.98 < sum(part["weight_bytes"] for part in products) / whole <= 1
 
 
+def test_speculation_compares_a_draft_model_with_lookup_and_none(tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+    target = tmp_path / "speculation.json"
+    size = ["--new-tokens", "6", "--repeat", "2", "--minutes", "0.01", "--only", "plain", "--temperature", "0"]
+    done = run("speculation.py", tiny_fp32, "--device", device, "--draft", tiny_fp32, *size, "--json", target)
+    assert done.returncode == 0, done.stderr
+    assert "draft model over lookup, elsewhere" in done.stdout
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert report["draft_model"]["path"] == str(tiny_fp32)
+    assert [text["source"] for text in report["texts"]] == ["lookup", "draft model"] * 10
+    for text in report["texts"]:
+        assert len(text["tpot_auto_over_off"]) == text["equal"] >= 1
+        assert text["accepted"] <= text["drafted"]
+    done = run("speculation.py", tiny_fp32, "--device", device, "--draft-device", "CPU")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "draft_device" in done.stderr
+
+
 class TestLatency:
     """`latency.py`."""
 
