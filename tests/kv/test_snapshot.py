@@ -16,7 +16,7 @@ import snapshots
 from ov_phi3 import SnapshotError
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.entry import KVEntry
-from snapshots import DTYPES, edited, meta, same, small, version_1
+from snapshots import DTYPES, edited, meta, same, small, version_1, version_2
 
 
 class TestFile:
@@ -143,6 +143,21 @@ class TestDamage:
             exact += 1
         assert exact < 30  # a byte that was replaced by itself
 
+    def test_a_changed_byte_and_exchanged_pages_of_a_long_tensor(self, tmp_path: Path) -> None:
+        path = tmp_path / "long.kv"
+        snapshot.write(path, small(tokens=4000))
+        whole = path.read_bytes()
+        assert same(snapshot.read(path), small(tokens=4000))
+        begin = whole.index(small(tokens=4000).entry.tensors.arrays[1].tobytes())
+        for at in range(begin, begin + 40_000, 997):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
+            with pytest.raises(SnapshotError, match=r"damaged: past_key_values\.0\.value"):
+                snapshot.read(path)
+        one, two, rest = begin, begin + 4096, begin + 8192
+        path.write_bytes(whole[:one] + whole[two:rest] + whole[one:two] + whole[rest:])
+        with pytest.raises(SnapshotError, match=r"damaged: past_key_values\.0\.value"):
+            snapshot.read(path)
+
     def test_every_single_bit_counts(self, tmp_path: Path, raw: bytes) -> None:
         path = tmp_path / "flipped.kv"
         for at in range(0, len(raw), 7):
@@ -156,7 +171,7 @@ class TestDamage:
         ("change", "message"),
         [
             (meta(format="other"), "is not a saved KV cache"),
-            (meta(version="3"), "newer format \\(3\\) than this ov_phi3 reads \\(2\\)"),
+            (meta(version="4"), "newer format \\(4\\) than this ov_phi3 reads \\(3\\)"),
             (meta(version="-1"), "version is '-1'"),
             (meta(version="9" * 5000), "version is '9999"),
             (meta(tokens="10"), "damaged: its header"),
@@ -236,8 +251,28 @@ class TestDamage:
         assert done.stdout.split() == ["refused"] * 3
 
 
+class TestVersion2:
+    """Files whose checksums are CRCs of whole tensors: read like new ones."""
+
+    @pytest.mark.parametrize("kind", ["prefix", "chat"])
+    def test_is_read(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "a.kv"
+        snapshot.write(path, small("f16", kind, tokens=1000))
+        path.write_bytes(version_2(path.read_bytes()))
+        assert same(snapshot.read(path), small("f16", kind, tokens=1000))
+
+    def test_every_single_bit_counts(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.kv"
+        snapshot.write(path, small("f16", "chat"))
+        raw = version_2(path.read_bytes())
+        for at in range(0, len(raw), 7):
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+            with pytest.raises(SnapshotError):
+                snapshot.read(path)
+
+
 class TestVersion1:
-    """Files of the former format: ids and conversation are read; the keys and values have no use any more."""
+    """Files of the format before that: ids and conversation are read; the keys and values have no use any more."""
 
     @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
     @pytest.mark.parametrize("kind", ["prefix", "chat"])

@@ -59,6 +59,19 @@ def version_1(kind: str = "chat", dtype: str = "F16") -> bytes:
     return head + b"".join(data for *_, data in entries) + hashlib.sha256(head).digest()
 
 
+def version_2(raw: bytes) -> bytes:
+    """A file of the present format as one of format 2, which had the CRC-32 of all bytes of each tensor."""
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), bytearray(raw)
+    table = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    parts = [raw[8 + length + begin : 8 + length + end] for begin, end in table.values()]
+    names = [name for name in table if name not in ("checksums", "header_sha256")]
+    checksums = [zlib.crc32(part) for name, part in zip(table, parts, strict=True) if name in names]
+    begin, end = (8 + length + offset for offset in table["checksums"])
+    data[begin:end] = np.array(checksums, dtype="<u4").tobytes()
+    return edited(bytes(data), meta(version="2"))
+
+
 def same(one: snapshot.Snapshot, other: snapshot.Snapshot) -> bool:
     """Whether two snapshots are equal, bit for bit."""
     return (
