@@ -1,9 +1,9 @@
 """Check a checkout: make an environment and the test models, then run lint, format, types, docs, audit and tests, and
 the tests marked "emulated" on an emulated GPU.
 
-Unknown arguments go to pytest, as in ``python scripts/test.py -k stream``. All stages run, also after a failure. The
-exit code is 0 only if no stage failed. On a machine that cannot emulate a GPU, the stage "emulated" prints the reason
-and counts as not run; see emulated_gpu.py.
+On a CPU the stage "tests" runs in two processes. Unknown arguments go to pytest, in one process, as in ``python
+scripts/test.py -k stream``. All stages run, also after a failure. The exit code is 0 only if no stage failed. On a
+machine that cannot emulate a GPU, the stage "emulated" prints the reason and counts as not run; see emulated_gpu.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ EMULATED_DEVICE = "GPU.0"
 # pytest's exit code if the arguments select no test.
 NO_TESTS = 5
 BUILT_HERE = Path()
+# Most of a test is work of one thread: Python, reading and compiling a graph. A module stays in one process, for its
+# fixtures. Each process needs up to 5 GB.
+PARALLEL = ["-n", "2", "--dist", "loadfile"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,13 @@ def main() -> int:
     if options.device or options.emulated:
         env["OV_PHI3_TEST_DEVICE"] = options.device or EMULATED_DEVICE
     on_gpu = env | {"OV_PHI3_TEST_DEVICE": EMULATED_DEVICE}
+    parallel = [] if pytest_arguments or env.get("OV_PHI3_TEST_DEVICE", "CPU") != "CPU" else PARALLEL
     outcomes = []
     for stage in stages:
         emulated = stage == "emulated" or (stage == "tests" and options.emulated)
         stage_env = on_gpu if stage == "emulated" else env
-        outcomes.append(run_stage(stage, python, pytest_arguments, stage_env, emulated=emulated))
+        arguments = parallel if stage == "tests" and parallel else pytest_arguments
+        outcomes.append(run_stage(stage, python, arguments, stage_env, emulated=emulated))
     print()
     for outcome in outcomes:
         print(f"{outcome.stage:<10}{outcome.result:<26}{outcome.seconds:7.1f} s")

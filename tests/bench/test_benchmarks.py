@@ -50,7 +50,14 @@ def test_snapshots_measures_prefixes_and_backends(demo_int4: Path, device: str, 
     sizes = ["--tokens", "40", "--repeat", "2", "--warmup", "0", "--pairs", "1"]
     done = run("snapshots.py", demo_int4, "--device", device, *sizes, "--json", target)
     assert done.returncode == 0, done.stderr
-    for part in ("A prefix of 40 tokens", "cold", "ids after loading equal", "TPOT / llm_pipeline's", "peak memory"):
+    for part in (
+        "A prefix of 40 tokens",
+        "cold",
+        "ids after loading equal",
+        "TPOT after 32 tokens",
+        "TTFT after 32 tokens",
+        "peak",
+    ):
         assert part in done.stdout
     report = json.loads(target.read_text(encoding="utf-8"))
     assert len(report["prefix"]["load_ms"]) == 2
