@@ -14,8 +14,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "models")]
 
 from _environments import ensure_environment  # noqa: E402
-from _models import ensure_model  # noqa: E402
-from _paths import ROOT, cache_dir  # noqa: E402
+from _models import ensure_built, ensure_model, exporter_versions  # noqa: E402
+from _paths import ROOT, cache_dir, digest  # noqa: E402
 from _steps import BootstrapError, child_environment, run_step  # noqa: E402
 
 __all__ = [
@@ -25,9 +25,12 @@ __all__ = [
     "child_environment",
     "demo_gguf",
     "demo_model",
+    "digest",
+    "ensure_built",
     "ensure_environment",
     "ensure_model",
     "export_python",
+    "exporter_versions",
     "run_installed",
     "run_step",
 ]
@@ -55,7 +58,9 @@ def run_installed(*packages: str) -> None:
 
 
 def export_python() -> Path:
-    """The interpreter of the quickstart's environment, which has optimum-intel and can export models."""
+    """An interpreter that can export models: this one if it has optimum-intel, or that of the quickstart."""
+    if all(importlib.util.find_spec(name) is not None for name in ("optimum", "nncf", "torch", "transformers")):
+        return Path(sys.executable)
     return ensure_environment(ROOT / ".venv", ["export"])
 
 

@@ -15,7 +15,6 @@ from _environment import (
     cache_dir,
     child_environment,
     ensure_environment,
-    export_python,
     run_step,
 )
 
@@ -128,7 +127,7 @@ def _genai(inputs: Inputs) -> tuple[Path, Path]:
 
 
 def _optimum(inputs: Inputs) -> tuple[Path, Path]:
-    return export_python(), inputs.exported
+    return ensure_environment(ROOT / ".venv", ["export"]), inputs.exported
 
 
 def llama_cpp_python() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     import ov_phi3
     from _comparison import Comparison
 
-__all__ = ["plot_comparison", "plot_report"]
+__all__ = ["plot_comparison", "plot_recipes", "plot_report"]
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -70,11 +72,11 @@ def _points(axes: Axes, positions: Sequence[float], samples: Sequence[Sequence[f
         axes.plot([position] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
 
 
-def _plain_log(axes: Axes) -> None:
-    """Label a logarithmic scale of milliseconds with plain numbers."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())
+def _plain_ticks(axis: Axis, digits: Sequence[float]) -> None:
+    """Label a logarithmic axis with plain numbers that begin with these digits."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _latency(report: ov_phi3.Report, path: Path) -> Path:
@@ -88,7 +90,7 @@ def _latency(report: ov_phi3.Report, path: Path) -> Path:
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(ScalarFormatter())
     left.margins(x=0.12)
-    _plain_log(left)
+    _plain_ticks(left.yaxis, (1, 2, 5))
     for length, m in zip(lengths, measurements, strict=True):
         left.annotate(f"{m.ttft_ms:.0f} ms", (length, m.ttft_ms), (5, -12), textcoords="offset points", fontsize=8)
     timed = [m for m in measurements if m.tpot_ms is not None]
@@ -207,7 +209,45 @@ def _lines(axes: Axes, comparison: Comparison, kind: str, title: str, label: str
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(positions, heights, "o-", color=colour, markersize=3.5, label=peer)
     axes.set(title=title, xlabel=label, ylabel="milliseconds", yscale="log")
-    _plain_log(axes)
+    _plain_ticks(axes.yaxis, (1, 2, 5))
     if positions:
         axes.set_xticks(positions)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def plot_recipes(report: dict[str, Any], path: Path) -> Path:
+    """Plot the perplexity of every recipe against its bytes and its time per token, with the fronts as lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipes = [one for one in report["recipes"] if not one["failed"]]
+    sides = [("bytes", "MB of weights a token reads", [one["bytes_per_token"] / 1e6 for one in recipes])]
+    if all(one["tpot_over_int4"] for one in recipes):
+        times = [statistics.median(one["tpot_over_int4"]) for one in recipes]
+        sides.append(("TPOT", "time per output token over that of int4", times))
+    with mpl.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(sides), figsize=(5.5 * len(sides) + 2.5, 5), sharey=True, squeeze=False)
+        for axes, (kind, label, places) in zip(panels[0], sides, strict=True):
+            _front(axes, recipes, kind, places)
+            axes.set(xlabel=label)
+        panels[0][0].set(ylabel="perplexity, lower is better")
+        panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), handlelength=1)
+        caption = (
+            f"{Path(report['source']).name} on {report['device']['name']} ({report['device']['full_name']}); "
+            f"text: {report['text']['file']}, {report['text']['tokens']} tokens; "
+            "filled: no other recipe is better in both respects"
+        )
+        return _save(figure, path, caption)
+
+
+def _front(axes: Axes, recipes: list[dict[str, Any]], kind: str, places: list[float]) -> None:
+    """One point for each recipe with its number in the legend, and the front as steps through the best ones."""
+    best = sorted((x, one["perplexity"]) for x, one in zip(places, recipes, strict=True) if kind in one["fronts"])
+    axes.step([x for x, _ in best], [y for _, y in best], where="post", color=GREY, linewidth=1, zorder=1)
+    for number, (x, one) in enumerate(zip(places, recipes, strict=True), 1):
+        colour = COLOURS[(number - 1) % len(COLOURS)]
+        face = colour if kind in one["fronts"] else "white"
+        label = f"{number}  {one['recipe'].replace(',', ', ')}"
+        axes.plot([x], [one["perplexity"]], "o", markeredgecolor=colour, color=face, markersize=9, label=label)
+        axes.annotate(str(number), (x, one["perplexity"]), (7, 5), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
+    axes.margins(0.1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import subprocess
 import sys
@@ -32,9 +31,9 @@ if __name__ == "__main__":
 
 import ov_phi3
 from _common import add_model_arguments, check, exit_with, measured_device, progress, write_json
+from _pairs import Pairs, ratio_cells
+from _quality import TEXT, score
 from ov_phi3.bench.table import table
-
-TEXT = Path(__file__).with_name("alice.txt")
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,7 @@ class Outcome:
 
     lever: Lever
     text: str = "random"
-    ttft: list[float] = field(default_factory=list)
-    tpot: list[float] = field(default_factory=list)
-    equal: int = 0
+    pairs: Pairs = field(default_factory=Pairs)
     perplexity: float | None = None
     failed: str = ""
 
@@ -144,9 +141,9 @@ class Outcome:
             "group": self.lever.group,
             "setting": self.lever.name,
             "prompts": self.text,
-            "ttft_over_default": self.ttft,
-            "tpot_over_default": self.tpot,
-            "replies_with_equal_ids": self.equal,
+            "ttft_over_default": self.pairs.ttft,
+            "tpot_over_default": self.pairs.tpot,
+            "replies_with_equal_ids": self.pairs.equal,
             "perplexity": self.perplexity,
             "failed": self.failed,
         }
@@ -158,30 +155,7 @@ def pair(base: ov_phi3.Pipeline, other: ov_phi3.Pipeline, outcome: Outcome, opti
     rng = random.Random(f"{options.seed} {outcome.lever.name} {outcome.text}")
     for number in range(-1, options.repeat):
         prompt = prompt_for(outcome.text, base, options.prompt_tokens, rng)
-        results = {}
-        for pipe in rng.sample([base, other], 2):
-            results[pipe] = pipe.generate(
-                prompt, max_new_tokens=options.new_tokens, ignore_eos=True, do_sample=False, repetition_penalty=1.0
-            )
-        if number < 0:
-            continue
-        metrics, default = results[other].metrics, results[base].metrics
-        outcome.ttft.append((metrics.ttft_ms or math.nan) / (default.ttft_ms or math.nan))
-        outcome.tpot.append((metrics.tpot_ms or math.nan) / (default.tpot_ms or math.nan))
-        outcome.equal += results[other].token_ids == results[base].token_ids
-
-
-def perplexity(model: Path, device: str, ids: list[int], properties: dict[str, Any]) -> float:
-    """Perplexity of a text after its first token.
-
-    The text is prefilled in chunks of 32 tokens, so that most of the attention reads the stored KV cache: with 8 bits
-    on a CPU unless `properties` say otherwise, as `llm_pipeline` has it.
-    """
-    config = {k: v for k, v in properties.items() if k not in ("prompt_lookup", "ATTENTION_BACKEND")}
-    if device.upper().startswith("CPU") and not any(key.endswith("CACHE_PRECISION") for key in config):
-        config["KV_CACHE_PRECISION"] = "u8"
-    with ov_phi3.load(model, device, backend="infer_request", ov_config=config, prefill_chunk=32) as pipe:
-        return pipe.score(ids[:1], ids[1:]).perplexity
+        outcome.pairs.reply(base, other, prompt, rng, options.new_tokens, counts=number >= 0)
 
 
 START = """
@@ -250,7 +224,7 @@ def measure(options: argparse.Namespace, others: dict[str, Path]) -> list[Outcom
         defaults = dict(base.load_report.ov_config)
         reference = Outcome(Lever("none", "the defaults"))
         if options.perplexity:
-            reference.perplexity = perplexity(options.model, options.device, ids, defaults)
+            reference.perplexity = score(options.model, options.device, ids, defaults).perplexity
         outcomes.append(reference)
         for lever in levers(base.device.kind, ov_phi3.Machine.here().logical_cpus, list(others), options.draft):
             if options.only and lever.group not in options.only:
@@ -264,7 +238,8 @@ def measure(options: argparse.Namespace, others: dict[str, Path]) -> list[Outcom
                     with ov_phi3.load(model, **common, **lever.load, ov_config=lever.properties(options)) as other:
                         pair(base, other, outcome, options)
                     if lever.numeric and options.perplexity:
-                        outcome.perplexity = perplexity(model, options.device, ids, {**defaults, **lever.ov_config})
+                        properties = {**defaults, **lever.ov_config}
+                        outcome.perplexity = score(model, options.device, ids, properties).perplexity
                 except (ov_phi3.Error, RuntimeError) as error:
                     outcome.failed = " ".join(str(error).split())[:200]
     return outcomes
@@ -278,13 +253,10 @@ def tables(outcomes: list[Outcome], started: list[dict[str, Any]]) -> str:
         if outcome.failed:
             rows.append((name, "-", "", "-", "", "", f"failed: {outcome.failed}"))
             continue
-        cells = []
-        for values in (outcome.ttft, outcome.tpot):
-            ratio = ov_phi3.Summary.of(values)
-            cells += [f"{ratio.p50:.3f}", f"{ratio.p25:.3f} to {ratio.p75:.3f}"] if ratio else ["-", ""]
-        equal = f"{outcome.equal} of {len(outcome.ttft)}" if outcome.ttft else ""
+        pairs = outcome.pairs
+        equal = f"{pairs.equal} of {len(pairs.ttft)}" if pairs.ttft else ""
         quality = "" if outcome.perplexity is None else f"{outcome.perplexity:.4f}"
-        rows.append((name, cells[0], cells[1], cells[2], cells[3], equal, quality))
+        rows.append((name, *ratio_cells(pairs.ttft), *ratio_cells(pairs.tpot), equal, quality))
     parts = []
     if outcomes:
         parts.append(

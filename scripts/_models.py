@@ -35,6 +35,7 @@ __all__ = [
     "RECIPES",
     "Model",
     "build_whole",
+    "ensure_built",
     "ensure_model",
     "exporter_versions",
     "model_command",
@@ -186,13 +187,30 @@ def ensure_model(name: str, python: Path | None = None) -> Path:
     """
     model = parse_model(name)
     python = python or Path(sys.executable)
+
+    def command(out: Path) -> Sequence[str | Path]:
+        source = None if model.recipe is None else ensure_model(f"{model.base}-hf", python)
+        return model_command(python, model, source, out)
+
+    return ensure_built(name, model_key(model, exporter_versions(python)), command)
+
+
+def ensure_built(name: str, key: str, command: Callable[[Path], Sequence[str | Path]]) -> Path:
+    """Return the directory with this name and this hash of its inputs in the cache; make it first if it is absent.
+
+    Args:
+        name: The name of the directory.
+        key: Hash of all inputs.
+        command: Given the path to write, it returns the command that makes the directory.
+
+    Raises:
+        BootstrapError: The command failed.
+    """
     home = cache_dir() / "models"
-    key = model_key(model, exporter_versions(python))
     final = home / key / name  # the plain name comes last, as people see it
     with lock(f"model-{name}"):
         if not final.is_dir():
-            source = None if model.recipe is None else ensure_model(f"{model.base}-hf", python)
-            build_whole(name, final, lambda out: model_command(python, model, source, out))
+            build_whole(name, final, command)
             _remove_unused(home, name, keep=final)
         os.utime(final)
     return final

@@ -281,15 +281,27 @@ def test_perplexity_equals_that_of_transformers(demo_fp32: Path, demo_hf: Path) 
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    levers = module("levers")
+    quality = module("_quality")
     ids = list(range(1000, 1100))
-    perplexity = levers.perplexity(
-        demo_fp32, "CPU", ids, {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    )
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    perplexity = quality.score(demo_fp32, "CPU", ids, exact).perplexity
     model = AutoModelForCausalLM.from_pretrained(demo_hf, dtype=torch.float32)
     with torch.no_grad():
         loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
     assert perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+def test_a_text_longer_than_the_window_is_scored_whole(demo_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = module("_quality")
+    ids = list(range(1000, 1080))
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    whole = quality.score(demo_fp32, "CPU", ids, exact)
+    monkeypatch.setattr(quality, "WINDOW", 33)
+    parts = quality.score(demo_fp32, "CPU", ids, exact)
+    assert parts.token_ids == whole.token_ids == ids[1:]
+    assert len(parts.logprobs) == 79
+    assert parts.logprobs[:32] == pytest.approx(whole.logprobs[:32], abs=1e-3)
+    assert parts.logprobs[32] != pytest.approx(whole.logprobs[32], abs=1e-3)  # the context starts anew
 
 
 @pytest.mark.parametrize("backend", ["llm_pipeline", "infer_request"])
