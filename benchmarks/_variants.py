@@ -12,7 +12,7 @@ from _common import Refused
 from _environment import demo_model, digest, ensure_built, ensure_model, export_python, exporter_versions
 from ov_phi3.exporting import flags as export_flags
 
-__all__ = ["BASE", "Variant", "demo_source", "exported"]
+__all__ = ["BASE", "Variant", "exported"]
 
 BASE = "int4"
 """The cookbook's recipe, which all others are compared with."""
@@ -58,7 +58,10 @@ class Variant:
             flags[name] = _value(value)
         if dataset is not None and "dataset" in export_flags.combine(recipe, flags) and "dataset" not in flags:
             flags["dataset"] = dataset
-        return cls(text, recipe, flags, export_flags.combine(recipe, flags))
+        combined = export_flags.combine(recipe, flags)
+        if "dataset" in flags:
+            flags["dataset"] = combined.get("dataset")  # the absolute path of a file
+        return cls(text, recipe, flags, combined)
 
 
 def _value(text: str) -> Any:
@@ -69,28 +72,24 @@ def _value(text: str) -> Any:
         return text
 
 
-def demo_source() -> Path:
-    """The demo model in Hugging Face format."""
-    return ensure_model("demo-hf", export_python())
-
-
-def exported(source: Path, variant: Variant) -> Path:
-    """The directory of the source's export with a variant, made if it is not in the cache.
+def exported(source: Path | None, variant: Variant) -> Path:
+    """The directory of the source's export with a variant, made if it is not in the cache; None is the demo model.
 
     Raises:
         BootstrapError: the export failed; the message names its log.
     """
-    python = export_python()
-    if source == demo_source() and not variant.flags:
+    if source is None and not variant.flags:
         return demo_model(variant.recipe)
-    contents = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(source.iterdir())]
+    python = export_python()
+    folder = ensure_model("demo-hf", python) if source is None else source.resolve()
+    contents = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
     flags = json.dumps(variant.flags, sort_keys=True)
     code = sorted(Path(export_flags.__file__).parent.glob("*.py"))
     dataset = Path(str(variant.combined.get("dataset", "")))
     texts = [dataset] if dataset.is_file() else []
-    key = digest(str(source), *contents, variant.recipe, flags, exporter_versions(python), *code, *texts)[:16]
+    key = digest(str(folder), *contents, variant.recipe, flags, exporter_versions(python), *code, *texts)[:16]
     return ensure_built(
-        f"{source.name}-{variant.recipe}",
+        f"{folder.name}-{variant.recipe}",
         key,
-        lambda out: [python, "-c", EXPORT, source, out, variant.recipe, flags],
+        lambda out: [python, "-c", EXPORT, folder, out, variant.recipe, flags],
     )

@@ -5,8 +5,8 @@
 The setting and the defaults are loaded side by side and take turns with every prompt. The figure is the median of the
 ratios; a setting is exact if all ids are equal. Settings that change the arithmetic also get the perplexity of a fixed
 text (`alice.txt`). Loading is timed in separate processes. `--other` names further exports of the same model to compare
-with MODEL, such as `int4-max=model/int4-max`; without MODEL, the demo model and its other recipes are made.
-`docs/performance.md` has the results.
+with MODEL, such as `int4-max=model/int4-max` (`recipes.py` makes them and weighs quality against bytes); without MODEL,
+the demo model is used. `docs/performance.md` has the results.
 """
 
 from __future__ import annotations
@@ -280,9 +280,7 @@ def main() -> int:
     began = time.perf_counter()
     others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
     check(options, needs_model=False)
-    if options.model is None:
-        options.model = demo_model("int4")
-        others = {name: demo_model(name) for name in ("int4-max", "int8")} | others
+    options.model = options.model or demo_model("int4")
     outcomes = [] if options.only == ["start"] else measure(options, others)
     started = starts(options) if not options.only or "start" in options.only else []
     progress("")

@@ -31,7 +31,7 @@ import ov_phi3
 from _common import Refused, add_load_arguments, check, exit_with, load_options, measured_device, progress, write_json
 from _pairs import Pairs, ratio_cells
 from _quality import TEXT, score
-from _variants import BASE, Variant, demo_source, exported
+from _variants import BASE, Variant, exported
 from ov_phi3.bench.roofline import weight_bytes_per_token
 from ov_phi3.bench.table import table
 
@@ -138,10 +138,10 @@ def variants(options: argparse.Namespace) -> list[Variant]:
     return found
 
 
-def predict(outcome: Outcome, source: Path, options: argparse.Namespace) -> None:
+def predict(outcome: Outcome, options: argparse.Namespace) -> None:
     """Export a recipe, and set its sizes and the log-probabilities of the text."""
     progress(f"{outcome.variant.name}: export")
-    outcome.model = exported(source, outcome.variant)
+    outcome.model = exported(options.source, outcome.variant)
     outcome.weight_bytes = ov_phi3.ModelInfo.from_dir(outcome.model).weight_bytes
     outcome.bytes_per_token = weight_bytes_per_token(outcome.model / "openvino_model.xml")
     progress(f"{outcome.variant.name}: perplexity")
@@ -169,10 +169,9 @@ def compare_latency(outcomes: list[Outcome], options: argparse.Namespace) -> Non
 def measure(options: argparse.Namespace) -> list[Outcome]:
     """All figures; a recipe that cannot be exported has the reason in their place, the cookbook's raises it."""
     outcomes = [Outcome(variant) for variant in variants(options)]
-    source = demo_source() if options.source is None else options.source.resolve()
     for outcome in outcomes:
         try:
-            predict(outcome, source, options)
+            predict(outcome, options)
         except (ov_phi3.Error, BootstrapError) as error:
             if outcome is outcomes[0]:
                 raise

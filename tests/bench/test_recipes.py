@@ -127,7 +127,6 @@ def test_an_export_is_made_once(
 ) -> None:
     variants = importlib.import_module("_variants")
     monkeypatch.setenv("OV_PHI3_CACHE", str(tmp_path))
-    monkeypatch.setattr(variants, "demo_source", lambda: tmp_path)
     variant = variants.Variant.parse("int4-max,group_size=32")
     made = variants.exported(tiny_hf, variant)
     info = ov_phi3.ModelInfo.from_dir(made)
