@@ -249,5 +249,5 @@ def _front(axes: Axes, recipes: list[dict[str, Any]], kind: str, places: list[fl
         axes.plot([x], [one["perplexity"]], "o", markeredgecolor=colour, color=face, markersize=9, label=label)
         axes.annotate(str(number), (x, one["perplexity"]), (7, 5), textcoords="offset points", fontsize=9)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
+    _plain_ticks(axes.xaxis, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
     axes.margins(0.1)
