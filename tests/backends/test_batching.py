@@ -12,6 +12,7 @@ import pytest
 
 import ov_phi3
 from ov_phi3 import ConfigError, Pipeline, TokenStream
+from ov_phi3.backends.paged.pace import Pace
 
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True}
 GENAI: dict[str, Any] = {"concurrency": 2, "backend": "llm_pipeline"}
@@ -202,3 +203,20 @@ def test_refused_where_rotary_factors_change(longrope: tuple[Path, Path, int], d
 def test_needs_a_number(tiny_fp32: Path) -> None:
     with pytest.raises(TypeError, match="concurrency must be a whole number"):
         ov_phi3.load(tiny_fp32, concurrency=True)
+
+
+def test_only_a_streamed_reply_limits_the_time_of_a_step(tiny_batch: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, bool]] = []
+    real = Pace.prefill_budget
+
+    def prefill_budget(pace: Pace, decoding: int, prefilling: int, streamed: bool) -> int:
+        asked.append((decoding, prefilling, streamed))
+        return real(pace, decoding, prefilling, streamed)
+
+    monkeypatch.setattr(Pace, "prefill_budget", prefill_budget)
+    at_once([lambda p=p: tiny_batch.generate(p, max_new_tokens=20, **GREEDY) for p in PROMPTS[:3]])
+    assert {streamed for decoding, _, streamed in asked if decoding} == {False}
+    asked.clear()
+    with Company(tiny_batch, 1):
+        tiny_batch.generate(PROMPTS[4], max_new_tokens=5, **GREEDY)
+    assert {streamed for decoding, _, streamed in asked if decoding} == {True}

@@ -113,6 +113,7 @@ class Request:
             backends that schedule their own prefill.
         stop_watch: finds the stop strings of a reply; each of several sequences forks it. None without stop strings. A
             streamed reply is stopped by its sink.
+        streamed: the caller reads the tokens as they come, so a step should not hold them up for long.
         texts: the vocabulary, for options that depend on what tokens say; the backend adds it.
     """
 
@@ -125,6 +126,7 @@ class Request:
     should_continue: Callable[[], bool] | None = None
     on_progress: Callable[[int, int], bool] | None = None
     stop_watch: StopWatch | None = None
+    streamed: bool = True
     texts: TokenTexts | None = None
 
     @property

@@ -227,6 +227,7 @@ class Engine:
             submission.ids,
             config,
             self.info.eos_token_ids,
+            streamed=submission.streamed,
             isolated=seeded and not continued,
             most_reused=continued - 1 if seeded and continued else None,  # the last id was never fed back
         )

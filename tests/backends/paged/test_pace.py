@@ -97,3 +97,9 @@ def test_more_requests_that_wait_for_a_first_token_get_longer_steps(
 ) -> None:
     pace = paced(t32=25, t64=40, t128=60)
     assert pace.prefill_budget(decoding, prefilling) == budget
+
+
+def test_replies_that_nobody_reads_along_wait_for_longer_steps() -> None:
+    pace = paced(t32=25, t64=40, t128=60)
+    assert pace.prefill_budget(1, 1, streamed=False) == 128 * 160 // 60 - 1
+    assert pace.prefill_budget(1, 40, streamed=True) == 127

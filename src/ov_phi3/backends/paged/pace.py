@@ -13,6 +13,7 @@ __all__ = ["Pace"]
 
 _STRETCH = 2.5  # a step with prefill takes at most this many times as long as one without
 _MAX_STRETCH = 6.0  # the same where more requests wait for their prompts than would wait for the step
+_UNSTREAMED_STRETCH = 16.0  # where nobody reads along; a timeout or `cancel` still waits for the step
 _FIRST_BUDGET = 16  # tokens, until the times are known
 _MAX_BUDGET = 2048
 _MIN_BUDGET = 8  # a smaller chunk is hardly faster
@@ -33,19 +34,21 @@ class Pace:
         self._changed = _Times()
         self._before = 0  # tokens of the last pass
 
-    def prefill_budget(self, decoding: int = 1, prefilling: int = 1) -> int:
+    def prefill_budget(self, decoding: int = 1, prefilling: int = 1, streamed: bool = True) -> int:
         """Most prefill tokens in a step that also decodes.
 
         Args:
             decoding: requests that have a reply; their next token comes with the step.
             prefilling: requests whose first token is waited for. If they are the majority, the step may take longer in
                 their favour.
+            streamed: somebody reads one of the replies as it comes. If not, only their ends count, which come sooner
+                with few long steps.
         """
         rows = max(1, decoding)
         decode_s = self._decode.at(rows)
         if decode_s is None or not self._changed:
             return _FIRST_BUDGET
-        stretch = min(max(_STRETCH, 1.0 + prefilling / rows), _MAX_STRETCH)
+        stretch = min(max(_STRETCH, 1.0 + prefilling / rows), _MAX_STRETCH) if streamed else _UNSTREAMED_STRETCH
         tokens = self._changed.most_tokens(stretch * decode_s) - rows
         return min(max(_MIN_BUDGET, tokens), _MAX_BUDGET)
 

@@ -65,10 +65,11 @@ class Scheduler:
         """All groups."""
         return [*self.running, *self.waiting]
 
-    def load(self) -> tuple[int, int]:
-        """How many groups decode, and how many are not yet prefilled."""
-        decoding = sum(map(_is_decoding, self.running))
-        return decoding, len(self.running) + len(self.waiting) - decoding
+    def load(self) -> tuple[int, int, bool]:
+        """How many groups decode, how many are not yet prefilled, and whether any of the first is streamed."""
+        decoding = [group for group in self.running if _is_decoding(group)]
+        prefilling = len(self.running) + len(self.waiting) - len(decoding)
+        return len(decoding), prefilling, any(group.request.streamed for group in decoding)
 
     def add(self, group: Group) -> None:
         """Add a group at the end."""
