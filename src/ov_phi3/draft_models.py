@@ -11,7 +11,6 @@ from ov_phi3.errors import ConfigError
 from ov_phi3.kv.layout import KVLayout
 from ov_phi3.kv.sizing import KVCachePlan
 from ov_phi3.model.info import ModelInfo
-from ov_phi3.text.detokenizer_graph import DetokenizerGraph
 
 if TYPE_CHECKING:
     from ov_phi3.system.devices import DeviceInfo
@@ -36,6 +35,8 @@ def read_draft_model(path: str | os.PathLike[str] | None, info: ModelInfo) -> Mo
     if path is None:
         return None
     draft = ModelInfo.from_dir(path)
+    from ov_phi3.text.detokenizer_graph import DetokenizerGraph  # needs numpy, which the doctor may find missing
+
     texts, others = (DetokenizerGraph(model.path / "openvino_detokenizer.xml") for model in (info, draft))
     for token in range(max(texts.size, others.size)):
         text, other = texts.token_bytes(token), others.token_bytes(token)

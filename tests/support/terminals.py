@@ -40,7 +40,9 @@ class Terminal:
     def __init__(self, argv: list[str], *, columns: int = 80, code: str = "", **variables: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            environment = {**os.environ, "TERM": "xterm-256color", **variables}
+            # Without COLUMNS and LINES: the size below counts, not that of the shell that runs the tests.
+            inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+            environment = {**inherited, "TERM": "xterm-256color", **variables}
             command = ["-c", f"{code}sys.exit(main(sys.argv[1:]))"] if code else ["-m", "ov_phi3"]
             os.execve(sys.executable, [sys.executable, *command, *argv], environment)
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
