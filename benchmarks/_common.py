@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import ov_phi3
 from _environment import BootstrapError, demo_model
+from ov_phi3.cli.terminal import add_property_argument, properties
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,22 +42,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, device: str) -> None
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `load_options` reads."""
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that prompt and reply share")
-    parser.add_argument(
-        "--ov-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an OpenVINO property that overrides the latency defaults; repeatable",
-    )
+    add_property_argument(parser)
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `ov_phi3.load`."""
-    properties: dict[str, Any] = {}
-    for pair in options.ov_config:
-        key, _, value = pair.partition("=")
-        properties[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return {"device": options.device, "context_length": options.context_length, "ov_config": properties or None}
+    config = properties(options.ov_config)
+    return {"device": options.device, "context_length": options.context_length, "ov_config": config or None}
 
 
 def refusal(options: argparse.Namespace, *, needs_model: bool = True) -> str | None:

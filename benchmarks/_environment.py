@@ -31,6 +31,7 @@ __all__ = [
     "ensure_model",
     "export_python",
     "exporter_versions",
+    "quickstart_python",
     "run_installed",
     "run_step",
 ]
@@ -61,6 +62,11 @@ def export_python() -> Path:
     """An interpreter that can export models: this one if it has optimum-intel, or that of the quickstart."""
     if all(importlib.util.find_spec(name) is not None for name in ("optimum", "nncf", "torch", "transformers")):
         return Path(sys.executable)
+    return quickstart_python()
+
+
+def quickstart_python() -> Path:
+    """The interpreter of the quickstart's environment, which has optimum-intel."""
     return ensure_environment(ROOT / ".venv", ["export"])
 
 

@@ -15,6 +15,7 @@ from _environment import (
     cache_dir,
     child_environment,
     ensure_environment,
+    quickstart_python,
     run_step,
 )
 
@@ -127,7 +128,7 @@ def _genai(inputs: Inputs) -> tuple[Path, Path]:
 
 
 def _optimum(inputs: Inputs) -> tuple[Path, Path]:
-    return ensure_environment(ROOT / ".venv", ["export"]), inputs.exported
+    return quickstart_python(), inputs.exported
 
 
 def llama_cpp_python() -> Path:

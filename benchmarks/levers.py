@@ -24,13 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _environment import demo_model, run_installed
+from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
 
 import ov_phi3
-from _common import add_model_arguments, check, exit_with, measured_device, progress, write_json
+from _common import add_model_arguments, check_or_demo, exit_with, measured_device, progress, write_json
 from _pairs import Pairs, ratio_cells
 from _quality import TEXT, score
 from ov_phi3.bench.table import table
@@ -279,8 +279,7 @@ def main() -> int:
     warnings.simplefilter("ignore", ov_phi3.ModelWarning)
     began = time.perf_counter()
     others = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.other)}
-    check(options, needs_model=False)
-    options.model = options.model or demo_model("int4")
+    check_or_demo(options)
     outcomes = [] if options.only == ["start"] else measure(options, others)
     started = starts(options) if not options.only or "start" in options.only else []
     progress("")

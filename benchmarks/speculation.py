@@ -49,6 +49,7 @@ from _speculation_texts import PLAIN, REPEATING
 from ov_phi3.bench.table import table
 
 LOOKUP, DRAFT = "lookup", "draft model"
+WHERE = {True: "where the reply repeats its prompt", False: "elsewhere"}
 
 
 @dataclass
@@ -195,14 +196,12 @@ def results(outcomes: list[Outcome]) -> str:
         )
     lines = [table(rows), "Median of the ratios to speculation='off', round by round."]
     for (source, repeats), ratios in medians.items():
-        where = "where the reply repeats its prompt" if repeats else "elsewhere"
-        lines.append(f"{source}, {where}: median {statistics.median(ratios):.3f}, highest {max(ratios):.3f}")
+        lines.append(f"{source}, {WHERE[repeats]}: median {statistics.median(ratios):.3f}, highest {max(ratios):.3f}")
     for repeats in (True, False):
         ratios = over_lookup([outcome for outcome in outcomes if outcome.repeats == repeats])
         if (summary := ov_phi3.Summary.of(ratios)) is not None:
-            where = "where the reply repeats its prompt" if repeats else "elsewhere"
             quartiles = f"{summary.p25:.3f} to {summary.p75:.3f}"
-            lines.append(f"{DRAFT} over {LOOKUP}, {where}: {summary.p50:.3f} ({quartiles})")
+            lines.append(f"{DRAFT} over {LOOKUP}, {WHERE[repeats]}: {summary.p50:.3f} ({quartiles})")
     return "\n".join(lines)
 
 
@@ -240,7 +239,7 @@ def main() -> int:
             "machine": ov_phi3.Machine.here().to_dict(),
             "device": asdict(device),
             "model": str(options.model),
-            "draft_model": None if draft is None else {**asdict(draft), "path": str(draft.path)},
+            "draft_model": None if draft is None else draft.to_dict(),
             "texts": [outcome.to_dict() for outcome in outcomes],
             "seconds": time.perf_counter() - began,
         }

@@ -121,12 +121,12 @@ def main() -> int:
     if options.device or options.emulated:
         env["OV_PHI3_TEST_DEVICE"] = options.device or EMULATED_DEVICE
     on_gpu = env | {"OV_PHI3_TEST_DEVICE": EMULATED_DEVICE}
-    parallel = [] if pytest_arguments or env.get("OV_PHI3_TEST_DEVICE", "CPU") != "CPU" else PARALLEL
+    parallel = not pytest_arguments and env.get("OV_PHI3_TEST_DEVICE", "CPU") == "CPU"
     outcomes = []
     for stage in stages:
         emulated = stage == "emulated" or (stage == "tests" and options.emulated)
         stage_env = on_gpu if stage == "emulated" else env
-        arguments = parallel if stage == "tests" and parallel else pytest_arguments
+        arguments = PARALLEL if stage == "tests" and parallel else pytest_arguments
         outcomes.append(run_stage(stage, python, arguments, stage_env, emulated=emulated))
     print()
     for outcome in outcomes:

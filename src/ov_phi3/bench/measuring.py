@@ -228,7 +228,7 @@ def _settings(pipe: Pipeline, plan: Plan) -> dict[str, Any]:
         "kv_cache": asdict(pipe.engine.kv_plan.layout),
         "prefill_chunk": pipe.engine.prefill_chunk,
         "compile_cache": load_report.cache,
-        "draft_model": None if draft is None else {**asdict(draft), "path": str(draft.path)},
+        "draft_model": None if draft is None else draft.to_dict(),
         "prompt_tokens": list(plan.prompt_tokens),
         "new_tokens": plan.new_tokens,
         "repeat": plan.repeat,

@@ -191,13 +191,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens prefilled at once; 0 for whole prompts"
     )
     add_draft_arguments(parser)
-    parser.add_argument(
-        "--ov-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an OpenVINO property that overrides the latency defaults; repeatable",
-    )
+    add_property_argument(parser)
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +204,17 @@ def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
         "infer_request",
     )
     parser.add_argument("--draft-device", metavar="DEVICE", help="device of the draft model (default: the model's)")
+
+
+def add_property_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `properties` reads."""
+    parser.add_argument(
+        "--ov-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an OpenVINO property that overrides the latency defaults; repeatable",
+    )
 
 
 def properties(pairs: list[str]) -> dict[str, Any]:
