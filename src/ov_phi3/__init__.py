@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from ov_phi3.kv.entry import KVEntry
     from ov_phi3.kv.layout import KVUsage
     from ov_phi3.kv.prefix_index import PrefixCache, PrefixIndex
-    from ov_phi3.load_report import DraftReport, LoadReport, ModelWarning
+    from ov_phi3.load_report import AdapterReport, DraftReport, LoadReport, ModelWarning
     from ov_phi3.loading import load
     from ov_phi3.many import OnProgress, Outcome, ReplyBatch, RequestOptions, Row
     from ov_phi3.model.info import ModelInfo
@@ -157,6 +157,7 @@ _HOMES = {
         "PrefixIndex",
     ),
     "load_report": (
+        "AdapterReport",
         "DraftReport",
         "LoadReport",
         "ModelWarning",
@@ -198,6 +199,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterReport",
     "Adapters",
     "AddedToken",
     "Alternative",

@@ -12,7 +12,6 @@ from ov_phi3.model.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from ov_phi3.model.config import Phi3Config
 
 if TYPE_CHECKING:
-    from ov_phi3.backends.protocol import Capabilities
     from ov_phi3.model.info import ModelInfo
 
 __all__ = ["Adapters", "check_adapters"]
@@ -22,33 +21,24 @@ Adapters: TypeAlias = _Path | Sequence[_Path] | Mapping[str, float] | Mapping[os
 """A folder with an adapter, several, or a mapping of folders to strengths."""
 
 
-def check_adapters(
-    adapters: Adapters | None, info: ModelInfo, capabilities: Capabilities
-) -> tuple[tuple[Adapter, float], ...]:
+def check_adapters(adapters: Adapters | None, info: ModelInfo) -> tuple[tuple[Adapter, float], ...]:
     """Each adapter with the factor of its B A: the strength times the adapter's own scale.
 
     Args:
         adapters: as given to `load`.
         info: the model.
-        capabilities: of the backend.
 
     Raises:
-        ConfigError: the backend applies no adapters, or a strength is not finite or missing.
+        ConfigError: a strength is not finite or missing.
         ModelError: an adapter is missing or damaged, or does not fit the model.
         TypeError: an argument of the wrong type.
     """
     if adapters is None:
         return ()
-    strengths = _strengths(adapters)
-    if strengths and not capabilities.applies_adapters:
-        raise ConfigError(
-            f"adapters= needs backend='llm_pipeline'. With backend={capabilities.name!r}, load a model that has the "
-            "adapter in its weights: ov_phi3.export(SOURCE, DIRECTORY, adapter=...) merges it."
-        )
     model = Phi3Config.read(info.path / "config.json")
     source = (info.manifest or {}).get("source")
     result = []
-    for path, strength in strengths.items():
+    for path, strength in _strengths(adapters).items():
         adapter = read_adapter(path)
         adapter.check_fit(model, source if isinstance(source, str) else None)
         adapter.check_loadable()

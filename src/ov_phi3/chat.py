@@ -24,7 +24,7 @@ from ov_phi3.generation.results import GenerationResult
 from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.entry import KVEntry
-from ov_phi3.kv.fingerprint import RELEASE
+from ov_phi3.kv.fingerprint import same_keys
 from ov_phi3.kv.layout import KVUsage
 from ov_phi3.saved import read_saved
 from ov_phi3.signatures import naming_options
@@ -380,7 +380,7 @@ class Chat:
 
 def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
     """Read a chat from a file; see `Pipeline.load_chat`."""
-    saved = read_saved(model, path, "chat", any_release=True)
+    saved = read_saved(model, path, "chat", ids_alone=True)
     try:
         values = saved.conversation or {}
         tools = Tools.of(values.get("tools"))
@@ -391,7 +391,6 @@ def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
         raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not valid.") from exc
     if conversation.ids.tolist() != saved.ids.tolist():
         raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
-    same_release = saved.fingerprint.get(RELEASE) == model.fingerprint[RELEASE]
-    usable = same_release and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
+    usable = same_keys(saved.fingerprint, model.fingerprint) and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
     chat.restore(conversation, saved.entry if usable else None)
     return chat

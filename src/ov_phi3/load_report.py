@@ -7,11 +7,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DraftReport", "LoadReport", "ModelWarning"]
+__all__ = ["AdapterReport", "DraftReport", "LoadReport", "ModelWarning"]
 
 
 class ModelWarning(UserWarning):
     """Something about a model works, but not as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """A LoRA adapter that was applied.
+
+    Attributes:
+        path: its folder or file.
+        factor: what its B A is multiplied with: the strength times the adapter's own scale.
+        sha256: hash of its weights and its config.
+    """
+
+    path: Path
+    factor: float
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {**asdict(self), "path": str(self.path)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,7 @@ class LoadReport:
         kv_cache_tokens: tokens that the KV cache has room for; None for a cache that grows.
         warnings: sentences about what works, but not as it should; also issued as `ModelWarning`.
         draft: its draft model, or None.
+        adapters: its LoRA adapters.
     """
 
     model_ms: float
@@ -63,3 +83,4 @@ class LoadReport:
     kv_cache_tokens: int | None = None
     warnings: tuple[str, ...] = ()
     draft: DraftReport | None = None
+    adapters: tuple[AdapterReport, ...] = ()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.engine.engine import Engine
+    from ov_phi3.load_report import AdapterReport
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.prompt import Prompt
     from ov_phi3.text.tokenizer import Tokenizer
@@ -30,16 +31,18 @@ class LoadedModel:
         info: its directory's `ModelInfo`.
         tokenizer: its `Tokenizer`.
         engine: its running engine.
+        adapters: its LoRA adapters.
     """
 
     info: ModelInfo
     tokenizer: Tokenizer
     engine: Engine
+    adapters: tuple[AdapterReport, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What saved keys and values of this model depend on."""
-        return fingerprint_of(self.info, self.tokenizer.template)
+        return fingerprint_of(self.info, self.tokenizer.template, self.adapters)
 
     def encode(
         self, prompt: Prompt, *, continue_final_message: bool = False, tools: Tools | None = None

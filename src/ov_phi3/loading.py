@@ -29,7 +29,7 @@ from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.kv.layout import inference_precision
 from ov_phi3.kv.sizing import plan_kv_cache
-from ov_phi3.load_report import DraftReport, LoadReport, ModelWarning
+from ov_phi3.load_report import AdapterReport, DraftReport, LoadReport, ModelWarning
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.model_defaults import model_defaults, supported_defaults
 from ov_phi3.opening import OpenedBackend, open_backend
@@ -89,7 +89,7 @@ def load(
             be cancelled. Default: 2048, 256 on a CPU with a model of over 1 GiB, 0 (whole prompts) on "infer_request".
         concurrency: requests that run at once, and conversations that the KV cache has room for (docs/streaming.md).
         template: the chat template; default: the model's own.
-        adapters: LoRA adapters of peft for "llm_pipeline": a folder, a list of them, or a mapping to strengths.
+        adapters: LoRA adapters of peft: a folder, a list of them, or a mapping to strengths.
         draft_model: a smaller exported model with the same tokenizer that guesses tokens (docs/options.md#draft-model).
         draft_device: its device; default: the model's.
         idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
@@ -104,11 +104,11 @@ def load(
         ModelWarning: `ModelInfo.warnings`, or the model's own chat template cannot be rendered.
     """
     began = time.perf_counter()
-    spec = backend_spec(_default_backend(concurrency, adapters, draft_model) if backend is None else backend)
+    spec = backend_spec(_default_backend(concurrency, draft_model) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     _check_arguments(info, context_length, prefill_chunk, concurrency, template, idle_unload)
-    checked = check_adapters(adapters, info, spec.capabilities)
+    checked = check_adapters(adapters, info)
     defaults, ignored = model_defaults(info)
     draft = read_draft_model(draft_model, info)
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
@@ -139,10 +139,8 @@ def _pipeline(
         raise
 
 
-def _default_backend(concurrency: object, adapters: object, draft_model: object) -> str:
-    if adapters or (concurrency == 1 and draft_model is None):
-        return _DEFAULT_BACKEND
-    return _DEFAULT_CONCURRENT_BACKEND
+def _default_backend(concurrency: object, draft_model: object) -> str:
+    return _DEFAULT_BACKEND if concurrency == 1 and draft_model is None else _DEFAULT_CONCURRENT_BACKEND
 
 
 def _check_arguments(
@@ -320,6 +318,7 @@ def _report(request: LoadRequest, opened: _Opened, notes: list[str], began: floa
         kv_cache_tokens=request.kv.capacity or None,
         warnings=tuple(notes),
         draft=_draft_report(request.draft, backend),
+        adapters=tuple(AdapterReport(adapter.path, factor, adapter.sha256) for adapter, factor in request.adapters),
     )
 
 

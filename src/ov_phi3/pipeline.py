@@ -66,7 +66,7 @@ class Pipeline:
         self.defaults = engine.defaults
         self.load_report = load_report
         self.concurrency = engine.concurrency
-        self._model = LoadedModel(engine.info, tokenizer, engine)
+        self._model = LoadedModel(engine.info, tokenizer, engine, load_report.adapters)
 
     def __repr__(self) -> str:
         state = "closed" if self.engine.closed else f"{self.device}{'' if self.loaded else ', unloaded'}"

@@ -18,7 +18,7 @@ _LOADERS = {"chat": "load_chat", "prefix": "load_prefix"}
 
 
 def read_saved(
-    model: LoadedModel, path: str | os.PathLike[str], kind: str, *, any_release: bool = False
+    model: LoadedModel, path: str | os.PathLike[str], kind: str, *, ids_alone: bool = False
 ) -> snapshot.Snapshot:
     """A snapshot that belongs to this model and fits its context window.
 
@@ -26,7 +26,7 @@ def read_saved(
         model: the loaded model.
         path: the file.
         kind: "prefix" or "chat".
-        any_release: accept a file of another OpenVINO release.
+        ids_alone: accept a file of which only the token ids can be used, see `same_keys`.
 
     Raises:
         SnapshotError: it does not.
@@ -36,7 +36,7 @@ def read_saved(
     source, info, window = os.fspath(path), model.info, model.engine.context_length
     if saved.kind != kind:
         raise SnapshotError(f"{source} holds a {saved.kind}, not a {kind}; load it with {_LOADERS[saved.kind]}().")
-    check_fingerprint(saved.fingerprint, model.fingerprint, source, any_release=any_release)
+    check_fingerprint(saved.fingerprint, model.fingerprint, source, ids_alone=ids_alone)
     if not model.engine.fits(saved.entry):
         raise SnapshotError(f"{source} is damaged: its blocks of keys and values are not those of this model's cache.")
     if len(saved.ids) and not 0 <= int(saved.ids.min()) <= int(saved.ids.max()) < info.vocab_size:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_scheduler"]
 
 CAPABILITIES = Capabilities(
-    "llm_pipeline", batches=True, caches_compiled=True, applies_adapters=True, shares_random_numbers=True
+    "llm_pipeline", batches=True, caches_compiled=True, shares_random_numbers=True
 )
 
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})

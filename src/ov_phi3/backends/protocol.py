@@ -77,7 +77,6 @@ class Capabilities:
         schedules: it prefills, batches and crosses the LongRoPE boundary by itself, so that the runner only hands
             requests on.
         caches_compiled: OpenVINO's compile cache (CACHE_DIR) works with it.
-        applies_adapters: LoRA adapters can be applied to the loaded model.
         plans_drafts: it decides at every step how many tokens are drafted (`speculation="auto"`).
         shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
             must run alone.
@@ -90,7 +89,6 @@ class Capabilities:
     batches: bool = False
     schedules: bool = False
     caches_compiled: bool = False
-    applies_adapters: bool = False
     plans_drafts: bool = False
     shares_random_numbers: bool = False
 

@@ -7,20 +7,20 @@ is stored beside them and compared when they are loaded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ov_phi3.errors import SnapshotError
 from ov_phi3.system import versions
 
 if TYPE_CHECKING:
+    from ov_phi3.load_report import AdapterReport
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.template import ChatTemplate
 
-__all__ = ["RELEASE", "check_fingerprint", "fingerprint_of"]
+__all__ = ["check_fingerprint", "fingerprint_of", "same_keys"]
 
-RELEASE = "engine"
-"""Key of the OpenVINO release in a fingerprint."""
+_RELEASE, _ADAPTERS = "engine", "adapters"
 
 # What a difference means, in the order in which it is reported.
 _MEANING = {
@@ -29,12 +29,19 @@ _MEANING = {
     "tokenizer": "another tokenizer",
     "template": "another chat template",
     "rope": "another RoPE configuration",
-    RELEASE: "another OpenVINO release",
+    _ADAPTERS: "a pipeline with other LoRA adapters",
+    _RELEASE: "another OpenVINO release",
 }
+_OF_KEYS_ALONE = (_ADAPTERS, _RELEASE)
+"""Parts that change keys and values, but no token ids."""
+
+_MISSING = {_ADAPTERS: "none"}
 
 
-def fingerprint_of(info: ModelInfo, template: ChatTemplate) -> dict[str, str]:
-    """Model, recipe, tokenizer, template, rope and engine, each as text.
+def fingerprint_of(
+    info: ModelInfo, template: ChatTemplate, adapters: Sequence[AdapterReport] = ()
+) -> dict[str, str]:
+    """Model, recipe, tokenizer, template, rope, adapters where there are any, and engine, each as text.
 
     `model` is `ModelInfo.fingerprint` (config, graph, samples of the weights). `tokenizer` and `template` hold the
     first 32 hexadecimal digits of a SHA-256, of the tokenizer's files and of the chat template. The others can be
@@ -44,6 +51,7 @@ def fingerprint_of(info: ModelInfo, template: ChatTemplate) -> dict[str, str]:
     for name in ("openvino_tokenizer.xml", "openvino_tokenizer.bin"):
         file = info.path / name
         digest.update(file.read_bytes() if file.is_file() else b"")
+    applied = ", ".join(sorted(f"{adapter.sha256[:32]} times {adapter.factor:.9g}" for adapter in adapters))
     boundary = "none" if info.rope_boundary is None else f"factors change at {info.rope_boundary} tokens"
     return {
         "model": info.fingerprint,
@@ -51,12 +59,13 @@ def fingerprint_of(info: ModelInfo, template: ChatTemplate) -> dict[str, str]:
         "tokenizer": digest.hexdigest()[:32],
         "template": f"{template.name} {hashlib.sha256(repr(template).encode()).hexdigest()[:32]}",
         "rope": f"{info.rope_type or 'plain'}, {boundary}",
-        RELEASE: f"openvino {versions.release(versions.package_version('openvino') or 'unknown')}",
+        **({_ADAPTERS: applied} if applied else {}),
+        _RELEASE: f"openvino {versions.release(versions.package_version('openvino') or 'unknown')}",
     }
 
 
 def check_fingerprint(
-    saved: Mapping[str, str], expected: Mapping[str, str], source: str, *, any_release: bool = False
+    saved: Mapping[str, str], expected: Mapping[str, str], source: str, *, ids_alone: bool = False
 ) -> None:
     """Refuse a saved KV cache of something else.
 
@@ -64,14 +73,27 @@ def check_fingerprint(
         saved: the fingerprint in the file.
         expected: the pipeline's fingerprint.
         source: the file, for the message.
-        any_release: accept a file of another OpenVINO release.
+        ids_alone: accept a file of which only the token ids can be used, see `same_keys`.
 
     Raises:
         SnapshotError: they differ; the message names the part that differs.
     """
     for key, meaning in _MEANING.items():
-        if saved.get(key) != expected[key] and not (any_release and key == RELEASE):
+        of_file, here = _value(saved, key), _value(expected, key)
+        if of_file != here and not (ids_alone and key in _OF_KEYS_ALONE):
             raise SnapshotError(
-                f"{source} is of {meaning}: {key} is {saved.get(key, 'missing')!r} in the file and {expected[key]!r} "
-                "here. Load it with the model that it was made with, or build it again."
+                f"{source} is of {meaning}: {key} is {of_file!r} in the file and {here!r} here. Load it with the "
+                f"{'adapters' if key == _ADAPTERS else 'model'} that it was made with, or build it again."
             )
+
+
+def same_keys(saved: Mapping[str, str], expected: Mapping[str, str]) -> bool:
+    """Whether a file that `check_fingerprint` accepted for its ids was made by the same release with the same adapters.
+
+    If not, its keys and values must be computed again.
+    """
+    return all(_value(saved, key) == _value(expected, key) for key in _OF_KEYS_ALONE)
+
+
+def _value(fingerprint: Mapping[str, str], key: str) -> str:
+    return fingerprint.get(key, _MISSING.get(key, "missing"))

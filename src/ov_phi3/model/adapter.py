@@ -14,11 +14,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ov_phi3.errors import ModelError
 from ov_phi3.files import expanded
 from ov_phi3.model.config import JsonFile, Phi3Config, read_json
-from ov_phi3.model.safetensors import TensorEntry, read_header
+from ov_phi3.model.safetensors import TensorEntry, read_header, read_tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "HUB_NAME", "Adapter", "read_adapter"]
 
@@ -116,7 +121,7 @@ class Adapter:
             self._check_shapes(module, parts, *widths[module])
 
     def check_loadable(self) -> None:
-        """Check that GenAI can apply it to a loaded model; it ignores parts that it does not know.
+        """Check that it can be applied to a loaded model; GenAI ignores parts that it does not know.
 
         Raises:
             ModelError: it needs more than W + s * B A with one s, for the linear layers.
@@ -131,6 +136,18 @@ class Adapter:
                     f"{self.weights} changes {module!r} by {', '.join(sorted(parts))}; at load only lora_A and lora_B "
                     f"of the decoder layers are applied. {_MERGE}"
                 )
+
+    def matrices(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """A [r, in] and B [out, r] by module, such as "model.layers.0.mlp.down_proj", for one that is loadable.
+
+        Raises:
+            ModelError: the file cannot be read, or holds no floating-point numbers.
+        """
+
+        def read(module: str, part: str) -> NDArray[np.float32]:
+            return read_tensor(self.weights, self.tensors[f"base_model.model.{module}.{part}"])
+
+        return {module: (read(module, "lora_A.weight"), read(module, "lora_B.weight")) for module in self._modules()}
 
     def _modules(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Shape by part, by module."""

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, of which type and shape."""
+"""A safetensors file: which tensors it holds, of which type and shape, and their values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ov_phi3.errors import ModelError
 
-__all__ = ["TensorEntry", "read_header"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["TensorEntry", "read_header", "read_tensor"]
+
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +29,13 @@ class TensorEntry:
         dtype: its element type, such as "F32" or "BF16".
         shape: its shape.
         size: its size in bytes.
+        start: where its values begin in the file, in bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     size: int
+    start: int = 0
 
 
 def read_header(file: Path) -> Mapping[str, TensorEntry]:
@@ -52,6 +61,7 @@ def read_header(file: Path) -> Mapping[str, TensorEntry]:
                 str(value["dtype"]),
                 tuple(int(width) for width in value["shape"]),
                 int(value["data_offsets"][1] - value["data_offsets"][0]),
+                8 + length + int(value["data_offsets"][0]),
             )
             for name, value in found.items()
         }
@@ -64,3 +74,24 @@ def read_header(file: Path) -> Mapping[str, TensorEntry]:
     if size < needed:
         raise ModelError(f"{file} is cut off: it has {size} bytes, and its header needs {needed}. Download it again.")
     return entries
+
+
+def read_tensor(file: Path, entry: TensorEntry) -> NDArray[np.float32]:
+    """The values of one tensor of floating-point numbers, of its shape.
+
+    Raises:
+        ModelError: the file cannot be read, or the tensor has another element type.
+    """
+    if entry.dtype not in {*_FLOATS, "BF16"}:
+        raise ModelError(f"{file} has a tensor of type {entry.dtype}; expected F32, F16 or BF16.")
+    try:
+        with file.open("rb") as stream:
+            stream.seek(entry.start)
+            data = stream.read(entry.size)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if entry.dtype == "BF16":  # the upper half of a float32
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, _FLOATS[entry.dtype]).astype(np.float32)
+    return values.reshape(entry.shape)

@@ -290,6 +290,7 @@ def _open_runner(request: LoadRequest) -> tuple[ModelRunner, int | None, int]:
         {key: value for key, value in request.properties.items() if key != "prompt_lookup"},
         num_blocks=lambda size, block_bytes: _first_blocks(request, size, block_bytes),
         rope_boundary=boundary,
+        adapters=request.adapters,
     )
     conversation = -(-kv.context_length // runner.block_size) + 1
     return runner, boundary, 0 if kv.num_blocks else SCRATCH_BLOCKS + request.concurrency * conversation

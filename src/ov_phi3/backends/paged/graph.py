@@ -5,14 +5,19 @@ This is the only module that uses `openvino._offline_transformations`, which is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3.backends.paged.lora import add_adapters
 from ov_phi3.errors import ModelError
 from ov_phi3.system.core import import_openvino, shared_core
+
+if TYPE_CHECKING:
+    from ov_phi3.model.adapter import Adapter
 
 __all__ = ["LONG_ROPE", "ROWS", "PagedGraph", "read_paged_graph"]
 
@@ -40,12 +45,15 @@ class PagedGraph:
     has_long_rope: bool
 
 
-def read_paged_graph(xml: Path, rope_boundary: int | None) -> PagedGraph:
+def read_paged_graph(
+    xml: Path, rope_boundary: int | None, adapters: Sequence[tuple[Adapter, float]] = ()
+) -> PagedGraph:
     """Read an exported model and transform it.
 
     Args:
         xml: the model's `.xml` file.
         rope_boundary: see `ModelInfo.rope_boundary`; None if the boundary cannot be reached.
+        adapters: LoRA adapters to add to its layers, each with its factor.
 
     Raises:
         ModelError: the graph does not have the structure that the transformations are made for.
@@ -61,6 +69,7 @@ def read_paged_graph(xml: Path, rope_boundary: int | None) -> PagedGraph:
             f"{xml} cannot be converted to paged attention ({str(exc).splitlines()[-1].strip()}). Export it again, or "
             "load it with backend='llm_pipeline'."
         ) from exc
+    add_adapters(model, adapters, xml)
     parameters = [_select_rows(model, xml)]
     if rope_boundary is not None:
         parameters.append(_select_factors(model, xml))

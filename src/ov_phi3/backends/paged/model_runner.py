@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ov_phi3.backends.paged.sequence import Sequence
+    from ov_phi3.model.adapter import Adapter
 
 __all__ = ["SCRATCH_BLOCKS", "ModelRunner", "ScheduledTokens"]
 
@@ -66,6 +67,7 @@ class ModelRunner:
         num_blocks: blocks of the cache, the scratch block included, from the tokens and the bytes of a block, which the
             compiled model determines.
         rope_boundary: see `ModelInfo.rope_boundary`; None if the boundary cannot be reached.
+        adapters: LoRA adapters, each with its factor.
 
     Attributes:
         block_size: tokens per block.
@@ -80,9 +82,10 @@ class ModelRunner:
         *,
         num_blocks: Callable[[int, int], int],
         rope_boundary: int | None = None,
+        adapters: Sequence_[tuple[Adapter, float]] = (),
     ) -> None:
         with keeping_signal_stack():
-            graph = read_paged_graph(model_dir / "openvino_model.xml", rope_boundary)
+            graph = read_paged_graph(model_dir / "openvino_model.xml", rope_boundary, adapters)
             self._compiled: Any = shared_core().compile_model(graph.model, device, dict(properties))
         self.ports = cache_ports(self._compiled)
         self.block_size = self.ports[1].block_shape[1]  # values are [heads, tokens, ...] on every device
