@@ -5,25 +5,31 @@
 One pipeline, loaded with ``concurrency=`` of the largest number of callers, answers requests from one thread and from
 several threads. All settings alternate in every round, and a ratio compares figures of one round. A pipeline without
 ``concurrency=`` is measured too, to show the cost of the batching engine for a single caller. Every request has a fresh
-prompt, so no request reuses cached tokens. ``--genai`` adds a pipeline that uses GenAI's continuous batching instead of
-our own engine.
+prompt, so no request reuses cached tokens.
+
+``--genai`` adds raw ``openvino_genai.ContinuousBatchingPipeline`` in its best case, with the same properties and as
+large a cache: a call of ``generate`` has as many requests as there are callers, which begin and end together, and it
+hands over whole replies.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import random
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from _environment import run_installed
 
 if __name__ == "__main__":
     run_installed()
+
+import numpy as np
 
 import ov_phi3
 from _common import (
@@ -37,11 +43,16 @@ from _common import (
     write_json,
 )
 
+WHOLE_PROMPTS = 2**31 - 1  # tokens in a step
 
-def replies(pipe: ov_phi3.Pipeline, prompts: list[Any], at_once: int, new_tokens: int) -> dict[str, Any]:
-    """Generate replies from `at_once` threads; return tokens per second of all, and the median TTFT and TPOT."""
+Ask: TypeAlias = Callable[[list[list[int]]], dict[str, Any]]
+"""Gets the replies to some prompts; returns a sample: tokens per second of all, and their median TTFT and TPOT."""
 
-    def ask(prompt: Any) -> ov_phi3.GenerationResult:
+
+def replies(pipe: ov_phi3.Pipeline, at_once: int, new_tokens: int, prompts: list[list[int]]) -> dict[str, Any]:
+    """A sample of replies that `at_once` threads ask for."""
+
+    def ask(prompt: list[int]) -> ov_phi3.GenerationResult:
         return pipe.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True, do_sample=False)
 
     started = time.perf_counter()
@@ -55,29 +66,80 @@ def replies(pipe: ov_phi3.Pipeline, prompts: list[Any], at_once: int, new_tokens
     }
 
 
+def genai_replies(raw: Any, at_once: int, new_tokens: int, prompts: list[list[int]]) -> dict[str, Any]:
+    """A sample of replies of raw GenAI: calls of `generate` with `at_once` prompts each, one after another.
+
+    All replies of a call are equally long, so no place in a step stays empty. `SchedulerConfig.max_num_seqs`, which
+    would do the same in one call, has no effect on GenAI's default scheduling (2026.4.1).
+    """
+    import openvino
+    import openvino_genai
+
+    config = openvino_genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
+    tensors = [openvino.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
+    calls = [tensors[first : first + at_once] for first in range(0, len(tensors), at_once)]
+    started = time.perf_counter()
+    results = [result for call in calls for result in raw.generate(call, [config] * len(call))]
+    elapsed = time.perf_counter() - started
+    return {"tokens_per_s": sum(len(result.m_generation_ids[0]) for result in results) / elapsed}
+
+
+def open_genai(pipe: ov_phi3.Pipeline) -> Any:
+    """Raw GenAI with properties and cache of a loaded pipeline, without a prefix cache."""
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_batched_tokens = WHOLE_PROMPTS
+    scheduler.num_kv_blocks = pipe.engine.kv_plan.num_blocks
+    scheduler.enable_prefix_caching = False
+    properties = dict(pipe.load_report.ov_config)
+    return openvino_genai.ContinuousBatchingPipeline(str(pipe.info.path), scheduler, pipe.device.name, properties)
+
+
+def settings(options: argparse.Namespace, plain: ov_phi3.Pipeline, own: ov_phi3.Pipeline) -> dict[str, Ask]:
+    """What is measured, by its name in the report."""
+    asks = {"plain": functools.partial(replies, plain, 1, options.new_tokens)}
+    asks |= {str(n): functools.partial(replies, own, n, options.new_tokens) for n in options.at_once}
+    if options.genai:
+        ask = functools.partial(genai_replies, open_genai(own))
+        asks |= {f"{n}, GenAI's batching": functools.partial(ask, n, options.new_tokens) for n in options.at_once}
+    return asks
+
+
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Measure all rounds; return the samples of each setting."""
-    largest = max(options.at_once)
-    settings: dict[str, tuple[str, int]] = {"plain": ("plain", 1), **{str(n): ("own", n) for n in options.at_once}}
-    if options.genai:
-        settings |= {f"{n}, GenAI's batching": ("genai", n) for n in options.at_once}
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
-    load, rng = load_options(options), random.Random(0)
-    with contextlib.ExitStack() as stack:
-        pipes = {
-            "plain": stack.enter_context(ov_phi3.load(options.model, **load)),
-            "own": stack.enter_context(ov_phi3.load(options.model, concurrency=largest, **load)),
-        }
-        if options.genai:
-            genai = ov_phi3.load(options.model, concurrency=largest, backend="llm_pipeline", **load)
-            pipes["genai"] = stack.enter_context(genai)
+    largest, load, rng = max(options.at_once), load_options(options), random.Random(0)
+    with (
+        ov_phi3.load(options.model, **load) as plain,
+        ov_phi3.load(options.model, concurrency=largest, **load) as own,
+    ):
+        asks = settings(options, plain, own)
+        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in asks}
         for number in range(-1, options.repeat):
-            for name, (kind, at_once) in settings.items():
+            for name, ask in asks.items():
                 progress(f"round {number + 1} of {options.repeat}: {name} at once")
-                prompts = [ov_phi3.random_prompt(pipes[kind], options.prompt_tokens, rng) for _ in range(2 * largest)]
-                sample = replies(pipes[kind], prompts, at_once, options.new_tokens)
+                sample = ask([ov_phi3.random_prompt(own, options.prompt_tokens, rng) for _ in range(2 * largest)])
                 samples[name] += [sample] if number >= 0 else []
     return samples
+
+
+def ratio(samples: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
+    """Tokens per second of one setting over those of another: the median of the rounds."""
+    return statistics.median(
+        sample["tokens_per_s"] / other["tokens_per_s"] for sample, other in zip(samples, others, strict=True)
+    )
+
+
+def row(name: str, samples: list[dict[str, Any]], over_one: float) -> str:
+    """A line of the table."""
+    cells = []
+    for key, width, places in (("tokens_per_s", 10, 1), ("ttft_ms", 8, 0), ("tpot_ms", 8, 1)):
+        known = [sample[key] for sample in samples if key in sample]
+        cells.append(f"{statistics.median(known):>{width}.{places}f}" if known else f"{'-':>{width}}")
+    speed, ttft, tpot = cells
+    label = "1, without concurrency=" if name == "plain" else name
+    return f"{label:<24}{speed}{over_one:>12.2f}{ttft} ms{tpot} ms"
 
 
 def main() -> int:
@@ -102,19 +164,15 @@ def main() -> int:
     device = measured_device(options)
     print(f"{options.model.name} on {device}, {options.prompt_tokens} + {options.new_tokens} tokens per request\n")
     print(f"{'callers':<24}{'tokens/s':>10}{'ratio to 1':>12}{'TTFT':>11}{'TPOT':>11}")
-    ratios = {}
+    over_one = {name: ratio(rows, samples["1"]) for name, rows in samples.items()}
     for name, rows in samples.items():
-        ratio = statistics.median(
-            row["tokens_per_s"] / one["tokens_per_s"] for row, one in zip(rows, samples["1"], strict=True)
-        )
-        ratios[name] = ratio
-        speed, ttft, tpot = (
-            statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "ttft_ms", "tpot_ms")
-        )
-        label = "1, without concurrency=" if name == "plain" else name
-        print(f"{label:<24}{speed:>10.1f}{ratio:>12.2f}{ttft:>8.0f} ms{tpot:>8.1f} ms")
+        print(row(name, rows, over_one[name]))
+    numbers = options.at_once if options.genai else []
+    over_genai = {n: ratio(samples[str(n)], samples[f"{n}, GenAI's batching"]) for n in numbers}
+    for number, over in over_genai.items():
+        print(f"{number} at once: {over:.2f} times the tokens per second of GenAI's batching")
     if options.json:
-        report = {"samples": samples, "tokens_per_s_over_one_caller": ratios}
+        report = {"samples": samples, "tokens_per_s_over_one_caller": over_one, "tokens_per_s_over_genai": over_genai}
         conditions = {"machine": ov_phi3.Machine.here().to_dict(), "device": asdict(device)}
         write_json(options.json, report | conditions)
     return 0

@@ -158,15 +158,6 @@ def tiny_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
 
 
 @pytest.fixture(scope="session")
-def genai_batch(tiny_fp32: Path, device: str) -> Iterator[ov_phi3.Pipeline]:
-    """The same with GenAI's continuous batching. Shared by all tests: a test must not change it."""
-    import ov_phi3
-
-    with ov_phi3.load(tiny_fp32, device=device, concurrency=4, backend="llm_pipeline") as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="session")
 def demo_tokenizer(demo_int4: Path) -> ov_phi3.Tokenizer:
     """The demo model's tokenizer. Shared by all tests: a test must not change it."""
     import ov_phi3

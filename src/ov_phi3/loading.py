@@ -43,12 +43,12 @@ from ov_phi3.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ov_phi3.system.devices import DeviceInfo
 
-__all__ = ["load"]
+__all__ = ["check_concurrency", "load"]
 
 _MAX_CONCURRENCY = 256
 _DEFAULT_BACKEND = "llm_pipeline"
-# About as fast as GenAI's batching, and holds up no running reply; drafts as many tokens as pay, GenAI a fixed number.
-_DEFAULT_CONCURRENT_BACKEND = "infer_request"
+# Runs several requests at once; drafts as many tokens as pay, GenAI a fixed number.
+_OWN_BACKEND = "infer_request"
 _LARGE_MODEL = 2**30  # bytes of weights
 _DEFAULT_ASSISTED_TOKENS = 5  # candidates per step of prompt lookup and draft models; GenAI's own default
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
@@ -87,7 +87,7 @@ def load(
         kv_cache_gb: most memory for the KV cache, in GiB; default: one conversation of `context_length`.
         prefill_chunk: prompt tokens per chunk of the prefill; between two chunks progress is reported and a reply can
             be cancelled. Default: 2048, 256 on a CPU with a model of over 1 GiB, 0 (whole prompts) on "infer_request".
-        concurrency: requests that run at once, and conversations that the KV cache has room for (docs/streaming.md).
+        concurrency: requests that run at once on "infer_request", and conversations that the KV cache has room for.
         template: the chat template; default: the model's own.
         adapters: LoRA adapters of peft: a folder, a list of them, or a mapping to strengths.
         draft_model: a smaller exported model with the same tokenizer that guesses tokens (docs/options.md#draft-model).
@@ -107,7 +107,8 @@ def load(
     spec = backend_spec(_default_backend(concurrency, draft_model) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
-    _check_arguments(info, context_length, prefill_chunk, concurrency, template, idle_unload)
+    _check_arguments(info, context_length, prefill_chunk, template, idle_unload)
+    check_concurrency(concurrency, spec)
     checked = check_adapters(adapters, info)
     defaults, ignored = model_defaults(info)
     draft = read_draft_model(draft_model, info)
@@ -140,14 +141,13 @@ def _pipeline(
 
 
 def _default_backend(concurrency: object, draft_model: object) -> str:
-    return _DEFAULT_BACKEND if concurrency == 1 and draft_model is None else _DEFAULT_CONCURRENT_BACKEND
+    return _DEFAULT_BACKEND if concurrency == 1 and draft_model is None else _OWN_BACKEND
 
 
 def _check_arguments(
     info: ModelInfo,
     context_length: int | None,
     prefill_chunk: int | None,
-    concurrency: int,
     template: object,
     idle_unload: float | None,
 ) -> None:
@@ -160,7 +160,26 @@ def _check_arguments(
         whole_number("prefill_chunk", prefill_chunk, "tokens", least=0, note=", or 0 for whole prompts")
     if idle_unload is not None:
         seconds("idle_unload", idle_unload)
+
+
+def check_concurrency(concurrency: int, spec: BackendSpec) -> None:
+    """Refuse a number of requests at once that is out of range, or that the backend cannot run.
+
+    Args:
+        concurrency: requests that run at once.
+        spec: the backend.
+
+    Raises:
+        ConfigError: as above.
+        TypeError: not a whole number.
+    """
     whole_number("concurrency", concurrency, "requests", least=1, most=_MAX_CONCURRENCY, note=" at once")
+    if concurrency > 1 and not spec.capabilities.schedules:
+        raise ConfigError(
+            f"concurrency={concurrency} does not work with backend={spec.capabilities.name!r}, which runs one request "
+            f"after another; expected concurrency=1. Leave out the backend, or take backend={_OWN_BACKEND!r}, which "
+            "runs several at once."
+        )
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -191,15 +210,8 @@ def _plan(
         conversations=concurrency,
         draft=draft,
     )
-    schedules = spec.capabilities.schedules
-    step = prefill_chunk or 0 if schedules else 0
-    request = LoadRequest(info, device, properties, kv, concurrency, step, paging_required=kv_cache_gb is not None)
-    if concurrency == 1 or schedules:
-        return request
-    if (needed := spec.check_concurrency(request)) is not None:
-        raise ConfigError(f"concurrency={concurrency} needs {needed}.")
-    step = LARGE_MODEL_CHUNK if prefill_chunk is None else prefill_chunk
-    return LoadRequest(info, device, properties, kv, concurrency, step, paging_required=True)
+    fixed = kv_cache_gb is not None
+    return LoadRequest(info, device, properties, kv, concurrency, prefill_chunk or 0, paging_required=fixed)
 
 
 def _with_draft(

@@ -331,6 +331,11 @@ def test_concurrency_measures_every_number_of_callers(tiny_fp32: Path, device: s
     assert report["samples"].keys() == {"plain", "1", "3", "1, GenAI's batching", "3, GenAI's batching"}
     assert f" on {device} ({report['device']['full_name']})" in done.stdout
     assert report["tokens_per_s_over_one_caller"]["1"] == 1.0
+    samples = report["samples"]
+    for number in ("1", "3"):
+        [own], [genai] = samples[number], samples[f"{number}, GenAI's batching"]
+        assert report["tokens_per_s_over_genai"][number] == own["tokens_per_s"] / genai["tokens_per_s"]
+    assert "3 at once: " in done.stdout
 
 
 def test_interference_has_gaps_of_replies_and_of_the_event_loop(tiny_fp32: Path, device: str, tmp_path: Path) -> None:

@@ -6,22 +6,30 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from lora import lora_tensors, write_adapter
 
 import ov_phi3
-from ov_phi3 import ConfigError, ModelError
+from ov_phi3 import ConfigError, ModelError, SnapshotError
 
 PROMPT = "What is the capital of France?"
 NEW = 16
+BACKENDS = ("llm_pipeline", "infer_request")
 
 
 @pytest.fixture(scope="module")
 def lora(demo_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((demo_hf / "config.json").read_text(encoding="utf-8"))
     return write_adapter(tmp_path_factory.mktemp("lora") / "lora", lora_tensors(config))
+
+
+@pytest.fixture(scope="module")
+def tiny_lora(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = json.loads((tiny_hf / "config.json").read_text(encoding="utf-8"))
+    return write_adapter(tmp_path_factory.mktemp("lora") / "tiny", lora_tensors(config, strength=0.3))
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +74,24 @@ def greedy(model: Path, device: str, **options: object) -> list[int]:
     return list(first)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_gives_the_ids_of_changed_weights(
-    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]]
+    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]], backend: str
 ) -> None:
     assert len({tuple(reference(strength)) for strength in (1.0, 0.0, -1.0)}) == 3
-    assert greedy(demo_fp32, device, adapters=lora) == reference(1.0)
-    assert greedy(demo_fp32, device, adapters={lora: -1.0}) == reference(-1.0)
+    assert greedy(demo_fp32, device, backend=backend, adapters=lora) == reference(1.0)
+    assert greedy(demo_fp32, device, backend=backend, adapters={lora: -1.0}) == reference(-1.0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_several_adapters_add_up(
-    demo_fp32: Path, device: str, lora: Path, tmp_path: Path, reference: Callable[[float], list[int]]
+    demo_fp32: Path, device: str, lora: Path, tmp_path: Path, reference: Callable[[float], list[int]], backend: str
 ) -> None:
     config = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
     from safetensors.numpy import load_file
 
     copy = write_adapter(tmp_path / "copy", load_file(lora / "adapter_model.safetensors"), **{**config, "r": 4})
-    assert greedy(demo_fp32, device, adapters={lora: 0.25, copy: 0.75}) == reference(1.0)
+    assert greedy(demo_fp32, device, backend=backend, adapters={lora: 0.25, copy: 0.75}) == reference(1.0)
 
 
 def test_a_bare_file_needs_its_scale(
@@ -91,14 +101,34 @@ def test_a_bare_file_needs_its_scale(
     file.write_bytes((lora / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ConfigError, match=r"lora_alpha / r"):
         ov_phi3.load(demo_fp32, device=device, adapters=file)
-    assert greedy(demo_fp32, device, adapters={file: 3.0}) == reference(1.0)
+    with ov_phi3.load(demo_fp32, device=device, backend="infer_request", adapters={file: 3.0}) as pipe:
+        assert pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False).token_ids == reference(1.0)
+        [report] = pipe.load_report.adapters
+        assert (report.path, report.factor) == (file, 3.0)
 
 
-@pytest.mark.parametrize("options", [{"concurrency": 2}, {"ov_config": {"ATTENTION_BACKEND": "SDPA"}}])
-def test_an_adapter_with_other_kinds_of_pipelines(
-    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]], options: dict[str, object]
+def test_an_adapter_without_paged_attention(
+    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]]
 ) -> None:
-    assert greedy(demo_fp32, device, adapters=lora, **options) == reference(1.0)
+    assert greedy(demo_fp32, device, adapters=lora, ov_config={"ATTENTION_BACKEND": "SDPA"}) == reference(1.0)
+
+
+def test_several_requests_at_once_have_the_adapter(
+    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]]
+) -> None:
+    with ov_phi3.load(demo_fp32, device=device, adapters=lora, concurrency=3) as pipe:
+        assert pipe.load_report.backend == "infer_request"
+        batch = pipe.generate_many([PROMPT, "One?", PROMPT, "Two?", PROMPT], max_new_tokens=NEW, do_sample=False)
+        replies = batch.results()
+    assert [list(replies[number].token_ids) for number in (0, 2, 4)] == [reference(1.0)] * 3
+
+
+def test_after_an_unload_the_adapter_is_applied_again(
+    demo_fp32: Path, device: str, lora: Path, reference: Callable[[float], list[int]]
+) -> None:
+    with ov_phi3.load(demo_fp32, device=device, backend="infer_request", adapters=lora) as pipe:
+        pipe.unload()
+        assert pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False).token_ids == reference(1.0)
 
 
 def test_an_adapter_of_a_longrope_model(longrope: tuple[Path, Path, int], device: str, tmp_path: Path) -> None:
@@ -106,11 +136,43 @@ def test_an_adapter_of_a_longrope_model(longrope: tuple[Path, Path, int], device
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     lora = write_adapter(tmp_path / "lora", lora_tensors(config, strength=0.2))
     prompt = np.arange(8, boundary - 4) % 100 + 10
+    pipes: list[dict[str, Any]] = [
+        {"adapters": lora},
+        {"adapters": lora, "ov_config": {"ATTENTION_BACKEND": "SDPA"}},
+        {"adapters": lora, "backend": "infer_request"},
+        {},
+    ]
     replies = []
-    for options in ({"adapters": lora}, {"adapters": lora, "ov_config": {"ATTENTION_BACKEND": "SDPA"}}, {}):
+    for options in pipes:
         with ov_phi3.load(model, device=device, **options) as pipe:
             replies.append(pipe.generate(prompt, max_new_tokens=12, do_sample=False, ignore_eos=True).token_ids)
-    assert replies[0] == replies[1] != replies[2]
+    assert replies[0] == replies[1] == replies[2] != replies[3]
+
+
+def test_saved_keys_belong_to_their_adapters(tiny_fp32: Path, device: str, tiny_lora: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "ignore_eos": True}
+
+    def opened(adapters: dict[Path, float] | None) -> ov_phi3.Pipeline:
+        return ov_phi3.load(tiny_fp32, device=device, backend="infer_request", adapters=adapters)
+
+    with opened({tiny_lora: 1.0}) as pipe:
+        pipe.prefill("Paris is").save(tmp_path / "prefix.kv")
+        chat = pipe.chat()
+        chat.send("Hi", **options)
+        chat.save(tmp_path / "chat.kv")
+        expected = chat.send("More", **options).token_ids
+    with opened({tiny_lora: 1.0}) as pipe:
+        assert pipe.load_prefix(tmp_path / "prefix.kv")
+        again = pipe.load_chat(tmp_path / "chat.kv").send("More", **options)
+        assert again.token_ids == expected
+        assert again.metrics.reused_tokens
+    for other in (None, {tiny_lora: 0.5}):
+        with opened(other) as pipe:
+            with pytest.raises(SnapshotError, match="of a pipeline with other LoRA adapters: adapters is '.* times 3'"):
+                pipe.load_prefix(tmp_path / "prefix.kv")
+            moved = pipe.load_chat(tmp_path / "chat.kv").send("More", **options)
+            assert not moved.metrics.reused_tokens
+            assert moved.token_ids == pipe.generate(moved.prompt_token_ids, **options).token_ids != expected
 
 
 def test_compiled_models_are_kept_apart_by_adapter(
@@ -124,8 +186,6 @@ def test_compiled_models_are_kept_apart_by_adapter(
 
 
 def test_what_load_refuses(demo_int4: Path, device: str, lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"adapters= needs backend='llm_pipeline'.*export\(.*adapter="):
-        ov_phi3.load(demo_int4, device=device, backend="infer_request", adapters=lora)
     with pytest.raises(ConfigError, match=r"load\(adapters="):
         ov_phi3.load(demo_int4, device=device, ov_config={"adapters": lora})
     with pytest.raises(ConfigError, match="finite"):

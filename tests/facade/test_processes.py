@@ -84,7 +84,7 @@ def test_a_tokenizer_that_points_outside_itself(
     assert "is damaged: a string table points outside" in done.stdout
 
 
-@pytest.mark.parametrize("pipes", ["tiny_pipe", "tiny_loop", "tiny_batch", "genai_batch"])
+@pytest.mark.parametrize("pipes", ["tiny_pipe", "tiny_loop", "tiny_batch"])
 class TestManyAtOnce:
     """8 threads and 50 tasks with 20 requests each: every reply equals that of a request without others."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ov_phi3 import ChatTemplate, ModelInfo, Pipeline, SnapshotError
-from ov_phi3.kv.fingerprint import RELEASE, check_fingerprint, fingerprint_of
+from ov_phi3.kv.fingerprint import check_fingerprint, fingerprint_of, same_keys
 from snapshots import edited, meta
 
 
@@ -35,15 +35,15 @@ def test_parts_that_can_be_read(tiny_fp32: Path, longrope: tuple[Path, Path, int
     plain, long = (fingerprint_of(ModelInfo.from_dir(path), template) for path in (tiny_fp32, longrope[0]))
     assert plain["rope"] == "plain, none"
     assert long["rope"].endswith(f"factors change at {longrope[2]} tokens")
-    assert plain[RELEASE].startswith("openvino 20")
+    assert plain["engine"].startswith("openvino 20")
     assert plain["template"].startswith("phi3 ")
     assert re.fullmatch("[0-9a-f]{32}", plain["tokenizer"])
     assert plain["model"] != long["model"]
 
 
 def test_another_release_can_be_accepted() -> None:
-    expected = dict.fromkeys(("model", "recipe", "tokenizer", "template", "rope", RELEASE), "x")
-    other = {**expected, RELEASE: "openvino 2030.1"}
+    expected = dict.fromkeys(("model", "recipe", "tokenizer", "template", "rope", "engine"), "x")
+    other = {**expected, "engine": "openvino 2030.1"}
     check_fingerprint(other, expected, "a.kv", ids_alone=True)
     with pytest.raises(SnapshotError, match=r"a\.kv is of another OpenVINO release: engine is 'openvino 2030.1' in"):
         check_fingerprint(other, expected, "a.kv")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import ov_phi3
+from ov_phi3.cli import main
 from ov_phi3.serving.batch_file import run_batch
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
@@ -155,6 +156,21 @@ def test_replies_of_other_conditions_are_refused(
     with ov_phi3.load(pipe3.info.path, device=device, concurrency=5, ov_config=EXACT) as other:
         assert run_batch(other, prompts, out, CONFIG).kept == len(ROWS)
     assert out.read_bytes() == undisturbed
+
+
+def test_the_command_runs_one_row_after_another_on_llm_pipeline(
+    tiny_fp32: Path, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(f"Say {n}") + "\n" for n in range(3)))
+    files = [str(tmp_path / name) for name in ("in.jsonl", "out.jsonl")]
+    flags = ["--device", device, "--backend", "llm_pipeline", "--max-new-tokens", "3"]
+    assert main(["batch", str(tiny_fp32), *files, *flags, "--concurrency", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "--concurrency 4 does not work with --backend llm_pipeline" in error
+    assert "or take --backend infer_request" in error
+    assert main(["batch", str(tiny_fp32), *files, *flags]) == 0
+    assert "3 replies in " in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")

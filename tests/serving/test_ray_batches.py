@@ -72,6 +72,14 @@ def test_calls_of_tools_are_json(tiny_fp32: Path, device: str) -> None:
     assert json.loads(replies["tool_calls"][0]) == [{"name": "add", "arguments": {}}]
 
 
+def test_one_row_after_another_on_llm_pipeline(tiny_fp32: Path, device: str) -> None:
+    options: dict[str, Any] = {"device": device, "backend": "llm_pipeline"}
+    with pytest.raises(ov_phi3.ConfigError, match="concurrency=2 does not work with backend='llm_pipeline'"):
+        BatchGenerator(tiny_fp32, concurrency=2, **options)
+    replies = BatchGenerator(tiny_fp32, {"max_new_tokens": 2}, **options)({"prompt": column(["Hi", "Hello"])})
+    assert replies["error"].tolist() == ["", ""]
+
+
 def test_rows_that_are_none(generator: BatchGenerator) -> None:
     with pytest.raises(ov_phi3.ConfigError, match="'prompt' or 'messages'"):
         generator({"id": np.array([1]), "text": column(["a"])})

@@ -169,7 +169,12 @@ def test_an_application_that_is_deleted_lets_its_replies_end(client: openai.Open
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"replicas": 0}, "replicas=0"), ({"replicas": (3, 2)}, "3, 2"), ({"concurrency": 0}, "concurrency=0")],
+    [
+        ({"replicas": 0}, "replicas=0"),
+        ({"replicas": (3, 2)}, "3, 2"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"concurrency": 2, "backend": "llm_pipeline"}, "concurrency=2 does not work with backend='llm_pipeline'"),
+    ],
 )
 def test_wrong_numbers_are_refused(options: dict[str, Any], match: str) -> None:
     pytest.importorskip("ray", reason="needs the extra 'ray'")

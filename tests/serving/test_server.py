@@ -139,6 +139,16 @@ def test_a_full_queue_is_refused_and_frees_itself(serve: Any, tiny_fp32: Path) -
         assert request(server, "POST", "/v1/chat/completions", chat("Hi", max_tokens=1))[0] == 200
 
 
+def test_llm_pipeline_answers_one_request_after_another(serve: Any, tiny_fp32: Path) -> None:
+    with serve(tiny_fp32, "--backend", "llm_pipeline") as server:
+        running = [Leaver(server, chat("Hi", stream=True, **LONG), reads=False) for _ in range(2)]
+        until(lambda: state(server) == (1, 1))
+        for client in running:
+            client.leave()
+        until(lambda: state(server) == (0, 0))
+        assert request(server, "POST", "/v1/chat/completions", chat("Hi", max_tokens=1))[0] == 200
+
+
 @pytest.mark.parametrize(("drain", "tokens"), [("60", 30), ("1", 3000)])
 def test_sigterm_lets_replies_end_or_ends_them(
     serve: Any, tiny_fp32: Path, demo_int4: Path, drain: str, tokens: int

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora import lora_tensors, write_adapter
 
 import ov_phi3
 
@@ -254,12 +255,22 @@ def test_cancel_and_timeout(load: Callable[..., ov_phi3.Pipeline], tiny_fp32: Pa
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_requests_at_once(load: Callable[..., ov_phi3.Pipeline], tiny_fp32: Path, backend: str) -> None:
+def test_an_adapter(tiny_fp32: Path, tiny_hf: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_hf / "config.json").read_text(encoding="utf-8"))
+    lora = write_adapter(tmp_path / "lora", lora_tensors(config, strength=0.3))
+    replies = []
+    for device, adapters in (("GPU.0", lora), ("CPU", lora), ("CPU", None)):
+        options: dict[str, Any] = {"backend": "infer_request", "ov_config": EXACT, "adapters": adapters}
+        with ov_phi3.load(tiny_fp32, device=device, **options) as pipe:
+            replies.append(reply(pipe, "Hi", max_new_tokens=24))
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_several_requests_at_once(load: Callable[..., ov_phi3.Pipeline], tiny_fp32: Path) -> None:
     prompts = ["One?", "Two words?", "Three words here? " * 40, "Four?"]
-    cpu = load(tiny_fp32, "CPU", backend)
+    cpu = load(tiny_fp32, "CPU", "infer_request")
     expected = [reply(cpu, prompt, max_new_tokens=24) for prompt in prompts]
-    with ov_phi3.load(tiny_fp32, device="GPU.0", backend=backend, ov_config=EXACT, concurrency=3) as pipe:
+    with ov_phi3.load(tiny_fp32, device="GPU.0", ov_config=EXACT, concurrency=3) as pipe:
         results: dict[int, list[int]] = {}
 
         def ask(number: int) -> None:

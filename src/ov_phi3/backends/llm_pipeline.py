@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.backends.batching import Batch
 from ov_phi3.backends.genai_options import ASSISTED_OPTIONS, unsupported_options
 from ov_phi3.backends.genai_structure import obeyed_schema, unsupported_structure
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
@@ -35,11 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CAPABILITIES", "LLMPipelineBackend", "LLMPipelineSpec", "with_scheduler"]
 
-CAPABILITIES = Capabilities(
-    "llm_pipeline", batches=True, caches_compiled=True, shares_random_numbers=True
-)
+CAPABILITIES = Capabilities("llm_pipeline", caches_compiled=True)
 
-_ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
 _WHOLE_PROMPTS = 2**31 - 1  # a whole prompt in one step, as in GenAI's own latency setting
 
 
@@ -55,27 +51,13 @@ class LLMPipelineSpec:
         """The properties as they are: `LLMPipeline` has defaults of its own for the rest."""
         return dict(properties)
 
-    def check_concurrency(self, request: LoadRequest) -> str | None:
-        """What several requests at once would need and is not there."""
-        info, window = request.info, request.kv.context_length
-        if not request.kv.paged:
-            return "paged attention, which is not available here, and no scheduler_config; kv_cache_gb= sizes the cache"
-        if assisted := _ASSISTED_PROPERTIES & request.properties.keys():
-            return f"a pipeline without {min(assisted)}"
-        if (info.rope_boundary or window) < window:
-            # The graph chooses its rotary factors once for all that is computed in a step.
-            return (
-                f"context_length={info.rope_boundary} or less: past that this LongRoPE model has other rotary factors"
-            )
-        return None
-
     def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:
         """Options that GenAI lacks or would refuse while it runs, and structures that it would not obey."""
         return unsupported_options(config, _assistance(properties)) or unsupported_structure(config)
 
     def open(self, request: LoadRequest) -> LLMPipelineBackend:
         """Load the model."""
-        properties = with_scheduler(request.properties, request.kv, request.max_step_tokens)
+        properties = with_scheduler(request.properties, request.kv)
         if request.adapters:
             properties["adapters"] = _adapter_config(request.adapters)
         if (draft := request.draft) is not None:
@@ -88,7 +70,6 @@ class LLMPipelineSpec:
             control_ids=[token.id for token in request.info.added_tokens],
             block_size=request.kv.layout.block_size,
             rope_boundary=request.info.rope_boundary,
-            batches=request.concurrency > 1,
         )
 
     def fallback(self, request: LoadRequest, reason: str) -> tuple[LoadRequest, str] | None:
@@ -115,20 +96,19 @@ def _assistance(properties: Mapping[str, Any]) -> str:
     return "draft_model" if "draft_model" in properties else ""
 
 
-def with_scheduler(properties: Mapping[str, Any], kv: KVCachePlan, max_step_tokens: int = 0) -> dict[str, Any]:
+def with_scheduler(properties: Mapping[str, Any], kv: KVCachePlan) -> dict[str, Any]:
     """The properties with a `scheduler_config` for the planned cache, if the plan requires one.
 
     Args:
         properties: OpenVINO properties.
         kv: the planned cache.
-        max_step_tokens: most tokens computed in one step; 0 for any number.
     """
     if not kv.paged:
         return dict(properties)
     scheduler = import_genai().SchedulerConfig()
     scheduler.num_kv_blocks = kv.num_blocks
     scheduler.enable_prefix_caching = True
-    scheduler.max_num_batched_tokens = max_step_tokens or _WHOLE_PROMPTS
+    scheduler.max_num_batched_tokens = _WHOLE_PROMPTS
     return {**properties, "scheduler_config": scheduler}
 
 
@@ -160,8 +140,6 @@ class LLMPipelineBackend:
         control_ids: tokens that are no text.
         block_size: tokens per block of the prefix cache on this device.
         rope_boundary: see `ModelInfo.rope_boundary`.
-        batches: run several requests at once, with a `ContinuousBatchingPipeline`, which is what `LLMPipeline` uses
-            for paged attention. The contents of its prefix cache are then unknown.
 
     Attributes:
         warnings: sentences about what works, but not as it should.
@@ -180,32 +158,25 @@ class LLMPipelineBackend:
         control_ids: Collection[int] = (),
         block_size: int = 32,
         rope_boundary: int | None = None,
-        batches: bool = False,
     ) -> None:
         self._genai = import_genai()
         self._assisted = _assistance(properties)
         self._model_dir, self._device, self._properties = model_dir, device, dict(properties)
         self._boundary = rope_boundary
         self._uncached: Any = None
-        self._batch: Batch | None = None
         self._weights: Any = None
         self._converted: tuple[tuple[GenerationConfig, tuple[int, ...]], Any] | None = None
         self.warnings: list[str] = []
         self.draft_ms: float | None = None
         scheduler: Any = properties.get("scheduler_config")
         self._caches = bool(scheduler is not None and scheduler.enable_prefix_caching)
-        self._contents_known = (
-            self._caches and not batches and not bool(scheduler.use_cache_eviction or scheduler.use_sparse_attention)
-        )
+        self._contents_known = self._caches and not (scheduler.use_cache_eviction or scheduler.use_sparse_attention)
         self._marks_ids = False
         never_freed_in_children(self)
         with keeping_signal_stack(), tokenizers_importable():
             arguments = genai_tokenizer_arguments(model_dir, control_ids, can_encode="draft_model" in properties)
             self._tokenizer = self._genai.Tokenizer(*arguments)
-            if batches:
-                self._batch = Batch(self._open_batching(), self._genai)
-            else:
-                self._pipeline: Any = self._open()
+            self._pipeline: Any = self._open()
         self._index = None
         if self._contents_known:
             self._index = BlockLedger.of(PrefixCache(block_size, int(scheduler.num_kv_blocks)))
@@ -228,12 +199,6 @@ class LLMPipelineBackend:
                 self._marks_ids = True
                 return self._open_edited(graph, xml.with_suffix(".bin"))
         return self._open_as_exported(self._properties)
-
-    def _open_batching(self) -> Any:
-        properties = {k: v for k, v in self._properties.items() if k not in ("scheduler_config", "ATTENTION_BACKEND")}
-        scheduler = self._properties["scheduler_config"]
-        make = self._genai.ContinuousBatchingPipeline
-        return make(str(self._model_dir), self._tokenizer, scheduler, self._device, **properties)
 
     def _open_as_exported(self, properties: Mapping[str, Any]) -> Any:
         return self._genai.LLMPipeline(str(self._model_dir), self._tokenizer, self._device, **properties)
@@ -271,9 +236,6 @@ class LLMPipelineBackend:
 
     def generate(self, request: Request, sink: TokenSink) -> BackendReport:
         """Stream one reply."""
-        if self._batch is not None:
-            ids, limit = self._batch.generate(request, self._tensor(request), self._config(request), sink)
-            return BackendReport(limit, generated=ids)
         streamer = _streamer_class()(sink)
         out = self._pipeline_for(request).generate(self._tensor(request), self._config(request), streamer)
         perf = out.perf_metrics
@@ -288,8 +250,6 @@ class LLMPipelineBackend:
 
     def generate_n(self, request: Request) -> list[Hypothesis]:
         """Several replies at once, best first."""
-        if self._batch is not None:
-            return self._batch.generate_n(request, self._tensor(request), self._config(request))
         out = self._pipeline_for(request).generate(self._tensor(request), self._config(request))
         return [
             Hypothesis([int(t) for t in ids], float(score), self._hit_limit(out, i))
@@ -329,7 +289,7 @@ class LLMPipelineBackend:
     def close(self) -> None:
         """Free the model."""
         with keeping_signal_stack():
-            self._batch = self._pipeline = self._uncached = self._weights = self._tokenizer = None
+            self._pipeline = self._uncached = self._weights = self._tokenizer = None
 
     # -- conversion --------------------------------------------------------------------------------------------------
 

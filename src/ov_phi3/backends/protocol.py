@@ -73,24 +73,19 @@ class Capabilities:
         saves_kv: `compute_kv` and `import_kv` work: keys and values can be read and written.
         scores: `score` works.
         cancels_within_pass: a running pass can be cancelled, so that long prompts need no chunks.
-        batches: several requests can run at once.
-        schedules: it prefills, batches and crosses the LongRoPE boundary by itself, so that the runner only hands
-            requests on.
+        schedules: it runs several requests at once, and prefills and crosses the LongRoPE boundary by itself, so that
+            the runner only hands requests on.
         caches_compiled: OpenVINO's compile cache (CACHE_DIR) works with it.
         plans_drafts: it decides at every step how many tokens are drafted (`speculation="auto"`).
-        shares_random_numbers: requests that run at once share one generator of random numbers, so that a seeded one
-            must run alone.
     """
 
     name: str
     saves_kv: bool = False
     scores: bool = False
     cancels_within_pass: bool = False
-    batches: bool = False
     schedules: bool = False
     caches_compiled: bool = False
     plans_drafts: bool = False
-    shares_random_numbers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +182,7 @@ class Hypothesis:
 
 
 class Backend(Protocol):
-    """One model loaded into one inference engine. Called from one thread at a time unless it batches.
+    """One model loaded into one inference engine. Called from one thread at a time unless it schedules.
 
     Attributes:
         warnings: sentences about what works, but not as it should.
@@ -270,11 +265,11 @@ class LoadRequest:
         device: the device.
         properties: OpenVINO properties, complete and checked.
         kv: planned size of the KV cache.
-        concurrency: requests that run at once.
-        max_step_tokens: tokens that one step of several requests may compute; 0 for any number.
+        concurrency: requests that run at once; above 1 only for a backend that schedules.
+        max_step_tokens: prompt tokens that a step of a backend that schedules may compute; 0 for any number.
         tokenizer: the model's tokenizer, which is opened at the same time.
         adapters: LoRA adapters, each with the factor of its B A.
-        paging_required: paged attention must not be given up, since the cache's size or `concurrency` depends on it.
+        paging_required: paged attention must not be given up, since the cache's size depends on it.
         draft: a model with the same vocabulary that drafts tokens; None for none.
     """
 
@@ -304,10 +299,6 @@ class BackendSpec(Protocol):
         Raises:
             ConfigError: a property or device that this backend does not support.
         """
-        ...
-
-    def check_concurrency(self, request: LoadRequest) -> str | None:
-        """What several requests at once would need and is not there, as a noun phrase; None if they can run."""
         ...
 
     def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:

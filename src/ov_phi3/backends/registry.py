@@ -11,7 +11,7 @@ from ov_phi3.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from ov_phi3.backends.protocol import BackendSpec
 
-__all__ = ["backend_spec", "backends_with"]
+__all__ = ["backend_spec", "backends_with", "default_concurrency"]
 
 _SPECS: dict[str, BackendSpec] = {spec.capabilities.name: spec for spec in (LLMPipelineSpec(), PagedBackendSpec())}
 
@@ -31,3 +31,12 @@ def backend_spec(name: object) -> BackendSpec:
 def backends_with(capability: str) -> list[str]:
     """Names of the backends that have a capability, a field of `Capabilities`."""
     return [name for name, spec in _SPECS.items() if getattr(spec.capabilities, capability)]
+
+
+def default_concurrency(backend: object, most: int) -> int:
+    """Requests at once where none are asked for: `most`, or 1 on a named backend that runs one after another.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    return most if backend is None or backend_spec(backend).capabilities.schedules else 1

@@ -16,6 +16,7 @@ from ov_phi3.cli.options import add_generation_options, generation_config
 __all__ = ["add_batch", "add_serve"]
 
 _KEY = "OV_PHI3_API_KEY"
+_BATCH_REPLIES, _SERVED_REPLIES = 16, 8  # at once
 
 
 def add_batch(commands: Any) -> None:
@@ -29,9 +30,7 @@ def add_batch(commands: Any) -> None:
     terminal.add_load_arguments(parser)
     parser.add_argument("prompts", type=Path, help="JSON lines: texts, objects, or OpenAI's batch format")
     parser.add_argument("replies", type=Path, help="output, in the order of the prompts")
-    parser.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="replies at once (default: %(default)s)"
-    )
+    terminal.add_concurrency(parser, _BATCH_REPLIES)
     parser.add_argument(
         "--fast",
         action="store_true",
@@ -53,7 +52,7 @@ def add_serve(commands: Any) -> None:
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     add("--model-name", default="phi-3", help="name that requests call the model by (default: %(default)s)")
     add("--api-key", metavar="KEY", help=f"key that requests must send; default: ${_KEY}, which no process list shows")
-    add("--concurrency", type=int, default=8, metavar="N", help="replies at once (default: %(default)s)")
+    terminal.add_concurrency(parser, _SERVED_REPLIES)
     add("--max-queue", type=int, default=32, metavar="N", help="replies that may wait (default: %(default)s)")
     add("--max-tokens", type=int, metavar="N", help="longest reply, in tokens (default: the context window)")
     add("--max-body-mb", type=float, default=4.0, metavar="MB", help="largest request, in MiB (default: %(default)s)")
@@ -83,7 +82,7 @@ def _batch(args: argparse.Namespace) -> int:
     if not args.fast:
         given = {pair.partition("=")[0] for pair in args.ov_config}
         args.ov_config += [f"{key}={value}" for key, value in EXACT.items() if key not in given]
-    with terminal.load(args, "infer_request") as pipe, terminal.status_line() as show:
+    with terminal.load(args, "infer_request", _BATCH_REPLIES) as pipe, terminal.status_line() as show:
         summary = run_batch(
             pipe,
             args.prompts,
@@ -109,7 +108,7 @@ def _serve(args: argparse.Namespace) -> int:
     key = args.api_key or os.environ.get(_KEY) or None
     if key is None and not _is_loopback(args.host):
         terminal.note(f"warning: anyone who reaches {args.host} can use this server; set ${_KEY}.")
-    with terminal.load(args, "infer_request") as pipe:
+    with terminal.load(args, "infer_request", _SERVED_REPLIES) as pipe:
         app = create_app(
             pipe,
             args.model_name,

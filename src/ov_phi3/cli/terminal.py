@@ -230,24 +230,42 @@ def properties(pairs: list[str]) -> dict[str, Any]:
     return config
 
 
-def load(args: argparse.Namespace, backend: str | None = None) -> Pipeline:
-    """Load the model on `--backend`, or else on `backend`; print the device, the load time and warnings."""
-    import ov_phi3
+def add_concurrency(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add `--concurrency`; `load` takes the same default."""
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help=f"replies at once (default: {default}; 1 with --backend llm_pipeline, which runs one after another)",
+    )
 
+
+def load(args: argparse.Namespace, backend: str | None = None, concurrency: int = 1) -> Pipeline:
+    """Load the model; print the device, the load time and warnings.
+
+    Args:
+        args: the command line.
+        backend: taken without `--backend`.
+        concurrency: replies at once without `--concurrency`, if the backend runs several.
+    """
+    import ov_phi3
+    from ov_phi3.backends.registry import default_concurrency
+
+    backend, asked = args.backend or backend, getattr(args, "concurrency", None)
     with warnings.catch_warnings(record=True) as caught, status_line() as show:
         warnings.simplefilter("always", ov_phi3.ModelWarning)
         show(f"Loading {args.model} ...")
         pipe = ov_phi3.load(
             args.model,
             args.device,
-            backend=cast("BackendName | None", args.backend or backend),
+            backend=cast("BackendName | None", backend),
             ov_config=properties(args.ov_config) or None,
             context_length=args.context_length,
             kv_cache_gb=args.kv_cache_gb,
             prefill_chunk=args.prefill_chunk,
             draft_model=args.draft_model,
             draft_device=args.draft_device,
-            concurrency=getattr(args, "concurrency", 1),
+            concurrency=default_concurrency(backend, concurrency) if asked is None else asked,
         )
     wrapped_note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     if (draft := pipe.load_report.draft) is not None:

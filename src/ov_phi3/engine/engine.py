@@ -233,14 +233,12 @@ class Engine:
         )
         channel = Channel()
         worker = ReplyWorker(request, self._runner, self._tokenizer, channel, submission.reply)
-        shared = self.capabilities.shares_random_numbers
-        ticket = Ticket(exclusive=shared and seeded and bool(config.do_sample))
-        self._start(worker, channel, ticket)
+        self._start(worker, channel)
         return TokenStream(channel)
 
-    def _start(self, worker: ReplyWorker, channel: Channel, ticket: Ticket) -> None:
+    def _start(self, worker: ReplyWorker, channel: Channel) -> None:
         """Queue a worker and start its thread."""
-        queue = self._queue
+        queue, ticket = self._queue, Ticket()
         try:
             queue.join(ticket)  # here and not in the thread, so that the order of arrival is the callers'
             with self._state:

@@ -47,7 +47,7 @@ _ONE_TOKEN = GenerationConfig.one_token()
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs requests on a backend. Used by one thread at a time, unless the backend batches.
+    """Runs requests on a backend. Used by one thread at a time, unless the backend schedules.
 
     Attributes:
         backend: what runs the model.

@@ -389,5 +389,3 @@ def test_on_llm_pipeline(demo_fp32: Path, demo_int4: Path, loop: Pipeline, devic
         assert pipe.generate(PROMPT, num_assistant_tokens=3, **options).token_ids == plain.token_ids
         with pytest.raises(ConfigError, match="max_ngram_size contradicts the draft model"):
             pipe.generate(PROMPT, num_assistant_tokens=3, max_ngram_size=2)
-    with pytest.raises(ConfigError, match="concurrency=2 needs a pipeline without draft_model"):
-        ov_phi3.load(demo_fp32, device, backend="llm_pipeline", draft_model=demo_int4, concurrency=2)

@@ -39,7 +39,6 @@ CAPABILITIES = Capabilities(
     saves_kv=True,
     scores=True,
     cancels_within_pass=True,
-    batches=True,
     schedules=True,
     plans_drafts=True,
 )
@@ -74,10 +73,6 @@ class PagedBackendSpec:
         if attention != "PA":
             raise ConfigError(f"ATTENTION_BACKEND={attention} {_FOREIGN}")
         return {key: value for key, value in properties.items() if key != "ATTENTION_BACKEND"}
-
-    def check_concurrency(self, request: LoadRequest) -> None:  # noqa: ARG002
-        """None: any model can run several requests at once."""
-        return
 
     def unsupported(self, config: GenerationConfig, properties: Mapping[str, Any]) -> str | None:  # noqa: ARG002
         """A confidence of drafts."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ov_phi3.backends.registry import default_concurrency
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.loading import load
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchGenerator"]
 
 _PROMPTS = ("messages", "prompt")
+_CONCURRENCY = 16
 
 
 class BatchGenerator:
@@ -49,7 +51,7 @@ class BatchGenerator:
             prompts. Rows that begin with their ids do not prefill them.
         system: a system message in front of all rows that have none.
         id_column: the rows' ids, for the seeds; any unique numbers or texts.
-        concurrency: replies at once in each actor.
+        concurrency: replies at once in each actor; default: 16, or 1 with `backend="llm_pipeline"`.
         exact: compute in float32, so that a reply does not depend on what runs beside it.
         metrics: also add "reused_tokens" (prompt tokens that were found in the cache), "ttft_ms" and "total_ms", which
             differ from run to run.
@@ -70,7 +72,7 @@ class BatchGenerator:
         prefixes: Sequence[str | os.PathLike[str]] = (),
         system: str | None = None,
         id_column: str = "id",
-        concurrency: int = 16,
+        concurrency: int | None = None,
         exact: bool = True,
         metrics: bool = False,
         **load_options: Any,
@@ -84,6 +86,8 @@ class BatchGenerator:
         path = model_dir if manifest_sha256 is None else fetch_model(model_dir, manifest_sha256, cache_dir)
         properties = actor_properties(load_options, exact=exact)
         options = {"backend": "infer_request", **load_options, "ov_config": properties}
+        if concurrency is None:
+            concurrency = default_concurrency(options["backend"], _CONCURRENCY)
         self._pipe = load(path, concurrency=concurrency, **options)
         self._prefixes = [self._pipe.load_prefix(file) for file in prefixes]  # kept: every request may use them
 

@@ -19,8 +19,9 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from ov_phi3.backends.registry import backend_spec, default_concurrency
 from ov_phi3.errors import ConfigError
-from ov_phi3.loading import load
+from ov_phi3.loading import check_concurrency, load
 from ov_phi3.serving import openai_format
 from ov_phi3.serving.app import MAX_BODY_BYTES, create_app
 from ov_phi3.serving.guard import Message, Receive, Scope, Send
@@ -38,6 +39,7 @@ _REPLICA_HEADER = b"x-replica-id"
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 _HEALTH_S = 30.0
+_CONCURRENCY = 8
 _ENTRY_GRACE_S = 5.0  # the entry passes on what a replica sends while it is drained
 
 
@@ -46,7 +48,7 @@ def deployment(
     *,
     model_name: str = "phi-3",
     api_key: str | None = None,
-    concurrency: int = 8,
+    concurrency: int | None = None,
     max_queue: int = 32,
     replicas: int | tuple[int, int] = 1,
     num_cpus: float = 1,
@@ -66,7 +68,8 @@ def deployment(
         model_dir: directory of the model, on every node or shared; with `manifest_sha256`, where to copy it from.
         model_name: the name that requests call it by.
         api_key: the key that requests must send; None for none.
-        concurrency: replies at once in each replica; Ray sends a replica no more requests than that.
+        concurrency: replies at once in each replica, and requests that Ray sends it; default: 8, or 1 with
+            `backend="llm_pipeline"`.
         max_queue: requests that wait in each entry for a replica; more are answered with 429.
         replicas: their number; or the least and the most of them, between which Ray scales by the number of requests.
         num_cpus: CPUs of each replica, and threads of its engine on a CPU.
@@ -82,8 +85,14 @@ def deployment(
         **load_options: of `ov_phi3.load`; the backend is "infer_request" by default.
 
     Raises:
-        ConfigError: `replicas` or `concurrency` is not as above.
+        ConfigError: `replicas` or `concurrency` is not as above, or a backend that is unknown, or that does not run
+            so many replies at once.
+        TypeError: `concurrency` is not a whole number.
     """
+    backend = load_options.get("backend") or "infer_request"
+    if concurrency is None:
+        concurrency = default_concurrency(backend, _CONCURRENCY)
+    check_concurrency(concurrency, backend_spec(backend))
     how = {
         "max_queued_requests": max_queue,
         "graceful_shutdown_timeout_s": drain,
@@ -94,7 +103,7 @@ def deployment(
         {"manifest_sha256": manifest_sha256, "cache_dir": cache_dir} if manifest_sha256 else None,
         [os.fspath(file) for file in prefixes],
         {"model_name": model_name, "api_key": api_key, **(app_options or {})},
-        {"concurrency": concurrency, **load_options},
+        {**load_options, "backend": backend, "concurrency": concurrency},
     )
     most = max_queue + concurrency * (replicas if isinstance(replicas, int) else replicas[1])
     limit = int((app_options or {}).get("max_body_bytes", MAX_BODY_BYTES))
@@ -114,8 +123,6 @@ def _entry_options(entries: int, most_requests: int, drain: float) -> dict[str, 
 
 def _model_options(replicas: int | tuple[int, int], concurrency: int, *, sessions: bool) -> dict[str, Any]:
     """How Ray runs the replicas."""
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-        raise ConfigError(f"concurrency={concurrency!r}; expected a whole number of at least 1.")
     least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
     if not 0 <= least <= most or not most:
         raise ConfigError(f"replicas={replicas!r}; expected a number of at least 1, or the least and the most.")
@@ -147,7 +154,7 @@ class Replica:
     ) -> None:
         path = model_dir if fetch is None else fetch_model(model_dir, **fetch)
         properties = actor_properties(load_options, exact=False)
-        self._pipe = load(path, **{"backend": "infer_request", **load_options, "ov_config": properties})
+        self._pipe = load(path, **{**load_options, "ov_config": properties})
         self._prefixes = [self._pipe.load_prefix(file) for file in prefixes]
         self._app = create_app(self._pipe, **app_options)
         self._running = 0
