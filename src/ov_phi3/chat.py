@@ -17,16 +17,14 @@ from ov_phi3.conversation import Added, Conversation, Turn, TurnEncoder, check_t
 from ov_phi3.engine.engine import Submission
 from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import ReplyOptions, now
-from ov_phi3.errors import ConfigError, SnapshotError, StreamError
+from ov_phi3.errors import ConfigError, StreamError
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.generation.options import GenerationOptions, OnCancel, Overflow
 from ov_phi3.generation.results import GenerationResult
 from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.kv import snapshot
 from ov_phi3.kv.entry import KVEntry
-from ov_phi3.kv.fingerprint import same_keys
 from ov_phi3.kv.layout import KVUsage
-from ov_phi3.saved import read_saved
 from ov_phi3.signatures import naming_options
 from ov_phi3.text.messages import ChatMessage
 from ov_phi3.text.tools import Tools, calls_of
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from ov_phi3.text.messages import Message
     from ov_phi3.text.tools import ToolChoice
 
-__all__ = ["Chat", "load_chat"]
+__all__ = ["Chat"]
 
 # Room for a reply without max_new_tokens before "drop_oldest" drops anything: at most these tokens, and this part of
 # the window.
@@ -80,11 +78,12 @@ class Chat:
         self._lock = threading.Lock()  # held while the conversation is read or replaced
         self._turn = threading.Lock()  # held while a turn is started
         self._running: Channel | None = None
-        self._loaded_kv: KVEntry | None = None  # of a loaded chat, until its first turn has used it
+        self._held_kv: KVEntry | None = None  # read from a file, or written to one by an unload; until a turn used it
         self._conversation = self._begin(system, messages)
         if self._conversation.system:
             # Also refuses a template without a system turn.
             self._check_fits_alone(user_message(""), 1, "the system message")
+        model.engine.parking.add(self)
 
     def __repr__(self) -> str:
         conversation = self._now()
@@ -248,7 +247,7 @@ class Chat:
         with self._turn:
             self._await_previous_turn()
             branch = Chat(self._model, tools=self._tools, overflow=self.overflow, on_cancel=self.on_cancel)
-            branch.restore(self._now(), self._loaded_kv)
+            branch.restore(self._now(), self._held_kv)
             return branch
 
     def save(self, path: str | os.PathLike[str]) -> int:
@@ -277,7 +276,16 @@ class Chat:
     def restore(self, conversation: Conversation, entry: KVEntry | None = None) -> None:
         """Replace the conversation; `entry` is kept alive until the next turn has used it."""
         self._set(conversation)
-        self._loaded_kv = entry
+        self._held_kv = entry
+
+    def ids_to_park(self) -> NDArray[np.int64] | None:
+        """Ids whose keys and values the next turn needs; None if they are held already."""
+        # The next turn computes the last token in any case.
+        return self._now().ids[:-1] if self._held_kv is None else None
+
+    def hold(self, entry: KVEntry) -> None:
+        """Keep an entry alive until the next turn has used it."""
+        self._held_kv = entry
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -336,7 +344,7 @@ class Chat:
             answer["tool_calls"] = calls_of(result.tool_calls)
         ended = replace(turn, answer=answer, reply=self._encoder.shown(result))
         self._set(conversation.with_turn(ended, result.metrics.reused_tokens or 0))
-        self._loaded_kv = None
+        self._held_kv = None
         if not dropped:
             return result
         return replace(result, dropped_messages=[message for turn in dropped for message in turn.messages])
@@ -376,21 +384,3 @@ class Chat:
                 reply,
                 "Nothing that could be dropped would make room: shorten it, or ask for a shorter reply.",
             )
-
-
-def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
-    """Read a chat from a file; see `Pipeline.load_chat`."""
-    saved = read_saved(model, path, "chat", ids_alone=True)
-    try:
-        values = saved.conversation or {}
-        tools = Tools.of(values.get("tools"))
-        chat = Chat(model, tools=tools, overflow=values["overflow"], on_cancel=values["on_cancel"])
-        encoder = TurnEncoder(model.tokenizer, tools)
-        conversation = Conversation.from_dict(values, encoder, model.info.eos_token_ids, model.info.vocab_size)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not valid.") from exc
-    if conversation.ids.tolist() != saved.ids.tolist():
-        raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
-    usable = same_keys(saved.fingerprint, model.fingerprint) and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
-    chat.restore(conversation, saved.entry if usable else None)
-    return chat

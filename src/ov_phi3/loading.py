@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ov_phi3.adapters import Adapters, check_adapters
 from ov_phi3.backends.protocol import Backend, BackendName, BackendSpec, LoadRequest
 from ov_phi3.backends.registry import backend_spec
-from ov_phi3.checks import whole_number
 from ov_phi3.draft_models import draft_request, read_draft_model
 from ov_phi3.engine.engine import Engine
-from ov_phi3.engine.limits import Limits, seconds
+from ov_phi3.engine.limits import Limits
 from ov_phi3.engine.longrope import LongRope
+from ov_phi3.engine.parking import Parking
 from ov_phi3.engine.residency import ResidentBackend
 from ov_phi3.engine.runner import LARGE_MODEL_CHUNK, PREFILL_CHUNK, Runner
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.kv.layout import inference_precision
 from ov_phi3.kv.sizing import plan_kv_cache
+from ov_phi3.load_arguments import OWN_BACKEND, Unloading, check_arguments, check_concurrency
 from ov_phi3.load_report import AdapterReport, DraftReport, LoadReport, ModelWarning
 from ov_phi3.model.info import ModelInfo
 from ov_phi3.model_defaults import model_defaults, supported_defaults
@@ -43,12 +44,9 @@ from ov_phi3.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ov_phi3.system.devices import DeviceInfo
 
-__all__ = ["check_concurrency", "load"]
+__all__ = ["load"]
 
-_MAX_CONCURRENCY = 256
 _DEFAULT_BACKEND = "llm_pipeline"
-# Runs several requests at once; drafts as many tokens as pay, GenAI a fixed number.
-_OWN_BACKEND = "infer_request"
 _LARGE_MODEL = 2**30  # bytes of weights
 _DEFAULT_ASSISTED_TOKENS = 5  # candidates per step of prompt lookup and draft models; GenAI's own default
 _ASSISTED_PROPERTIES = frozenset({"prompt_lookup", "draft_model"})
@@ -72,6 +70,7 @@ def load(
     draft_model: str | os.PathLike[str] | None = None,
     draft_device: str | None = None,
     idle_unload: float | None = None,
+    unload_dir: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """Load an exported model.
 
@@ -79,7 +78,7 @@ def load(
         model_dir: what `export` wrote, or `optimum-cli export openvino`.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine
-            on paged attention, the default with `concurrency` or `draft_model`: saved KV caches, `score` and more.
+            on paged attention, the default with `concurrency`, `draft_model` or `unload_dir`: saved KV caches and more.
         ov_config: OpenVINO properties; they override the latency defaults `PERFORMANCE_HINT=LATENCY`, `NUM_STREAMS=1`
             and `CACHE_DIR=""`. A `CACHE_DIR` has a sub-folder per model, versions, driver, device and backend, and is
             checked by a canary. A model with float32 weights also computes and caches in float32 on the CPU.
@@ -93,6 +92,8 @@ def load(
         draft_model: a smaller exported model with the same tokenizer that guesses tokens (docs/options.md#draft-model).
         draft_device: its device; default: the model's.
         idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
+        unload_dir: a directory for the keys and values of open chats while the model is unloaded; default: they are
+            computed again.
 
     Raises:
         ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
@@ -104,10 +105,11 @@ def load(
         ModelWarning: `ModelInfo.warnings`, or the model's own chat template cannot be rendered.
     """
     began = time.perf_counter()
-    spec = backend_spec(_default_backend(concurrency, draft_model) if backend is None else backend)
+    spec = backend_spec(_default_backend(concurrency, draft_model, unload_dir) if backend is None else backend)
     versions.check()
     info = ModelInfo.from_dir(model_dir)
-    _check_arguments(info, context_length, prefill_chunk, template, idle_unload)
+    check_arguments(info, context_length, prefill_chunk, template)
+    unloading = Unloading.of(idle_unload, unload_dir, spec)
     check_concurrency(concurrency, spec)
     checked = check_adapters(adapters, info)
     defaults, ignored = model_defaults(info)
@@ -115,7 +117,7 @@ def load(
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
     request = replace(_with_draft(plan, draft, draft_device, ov_config), adapters=checked)
     opened = _open(spec, request, template)
-    return _pipeline(spec, request, opened, (defaults, ignored), prefill_chunk, idle_unload, began)
+    return _pipeline(spec, request, opened, (defaults, ignored), prefill_chunk, unloading, began)
 
 
 def _pipeline(
@@ -124,13 +126,13 @@ def _pipeline(
     opened: _Opened,
     own_options: tuple[GenerationConfig, list[str]],
     prefill_chunk: int | None,
-    idle_unload: float | None,
+    unloading: Unloading,
     began: float,
 ) -> Pipeline:
     """The pipeline of an opened model, after its warnings were issued."""
     info = request.info
     try:
-        engine = _engine(spec, request, opened, own_options, prefill_chunk, idle_unload)
+        engine = _engine(spec, request, opened, own_options, prefill_chunk, unloading)
         report = _report(request, opened, [*info.warnings, *own_options[1]], began)
         for warning in report.warnings:
             warnings.warn(f"{info.path.name}: {warning}", ModelWarning, stacklevel=3)
@@ -140,46 +142,8 @@ def _pipeline(
         raise
 
 
-def _default_backend(concurrency: object, draft_model: object) -> str:
-    return _DEFAULT_BACKEND if concurrency == 1 and draft_model is None else _OWN_BACKEND
-
-
-def _check_arguments(
-    info: ModelInfo,
-    context_length: int | None,
-    prefill_chunk: int | None,
-    template: object,
-    idle_unload: float | None,
-) -> None:
-    if template is not None and not isinstance(template, ChatTemplate):
-        raise TypeError(f"template must be a ChatTemplate such as ChatTemplate.phi3(), not {template!r}")
-    if context_length is not None:
-        most, note = info.context_length, ", the model's own"
-        whole_number("context_length", context_length, "tokens", least=2, most=most, note=note)
-    if prefill_chunk is not None:
-        whole_number("prefill_chunk", prefill_chunk, "tokens", least=0, note=", or 0 for whole prompts")
-    if idle_unload is not None:
-        seconds("idle_unload", idle_unload)
-
-
-def check_concurrency(concurrency: int, spec: BackendSpec) -> None:
-    """Refuse a number of requests at once that is out of range, or that the backend cannot run.
-
-    Args:
-        concurrency: requests that run at once.
-        spec: the backend.
-
-    Raises:
-        ConfigError: as above.
-        TypeError: not a whole number.
-    """
-    whole_number("concurrency", concurrency, "requests", least=1, most=_MAX_CONCURRENCY, note=" at once")
-    if concurrency > 1 and not spec.capabilities.schedules:
-        raise ConfigError(
-            f"concurrency={concurrency} does not work with backend={spec.capabilities.name!r}, which runs one request "
-            f"after another; expected concurrency=1. Leave out the backend, or take backend={_OWN_BACKEND!r}, which "
-            "runs several at once."
-        )
+def _default_backend(concurrency: object, draft_model: object, unload_dir: object) -> str:
+    return _DEFAULT_BACKEND if concurrency == 1 and draft_model is None and unload_dir is None else OWN_BACKEND
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -346,7 +310,7 @@ def _engine(
     opened: _Opened,
     own_options: tuple[GenerationConfig, list[str]],
     prefill_chunk: int | None,
-    idle_unload: float | None,
+    unloading: Unloading,
 ) -> Engine:
     info, window, backend = request.info, request.kv.context_length, opened.model.backend
     assisted = bool(_ASSISTED_PROPERTIES & request.properties.keys())
@@ -363,7 +327,14 @@ def _engine(
     crossing = LongRope() if backend.capabilities.schedules else long_rope
     limits = Limits(defaults, window, request.kv.reason, info.vocab_size, crossing, backend.prefix_index)
     return Engine(
-        info, opened.tokenizer, runner, limits, request.kv, concurrency=request.concurrency, idle_unload=idle_unload
+        info,
+        opened.tokenizer,
+        runner,
+        limits,
+        request.kv,
+        concurrency=request.concurrency,
+        idle_unload=unloading.after_s,
+        parking=Parking(unloading.directory),
     )
 
 

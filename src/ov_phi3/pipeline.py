@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.chat import Chat, load_chat
+from ov_phi3.chat import Chat
 from ov_phi3.engine.engine import Engine, Submission
 from ov_phi3.engine.limits import seconds
 from ov_phi3.engine.worker import OnPrefill, ReplyOptions, now
@@ -21,6 +21,7 @@ from ov_phi3.generation.tool_choice import constrained
 from ov_phi3.loaded_model import LoadedModel
 from ov_phi3.many import REQUEST_OPTIONS, OnProgress, ReplyBatch, RequestOptions, Row
 from ov_phi3.prefix import Prefix, encode_after, load_prefix, prefill
+from ov_phi3.saved import load_chat
 from ov_phi3.signatures import naming_options
 from ov_phi3.text.tokenizer import Tokenizer, as_ids
 from ov_phi3.text.tools import Tools
@@ -60,8 +61,7 @@ class Pipeline:
     def __init__(self, *, engine: Engine, tokenizer: Tokenizer, device: DeviceInfo, load_report: LoadReport) -> None:
         self.engine = engine
         self.info: ModelInfo = engine.info
-        self.tokenizer = tokenizer
-        self.device = device
+        self.tokenizer, self.device = tokenizer, device
         self.context_length = engine.context_length
         self.defaults = engine.defaults
         self.load_report = load_report
@@ -375,7 +375,7 @@ class Pipeline:
     def unload(self) -> None:
         """Wait for what runs; free weights and KV cache until the next request, which loads them: `metrics.load_ms`.
 
-        Chats keep their token ids and are prefilled again; prefixes that are held keep their keys and values.
+        Chats keep their ids, and their keys and values with `load(unload_dir=)`; prefixes that are held keep theirs.
 
         Raises:
             ClosedError: the pipeline was closed.

@@ -1,18 +1,21 @@
-"""Saved KV caches of one loaded model: a file that is read is checked against it."""
+"""Saved KV caches and chats of one loaded model: a file that is read is checked against it."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+from ov_phi3.chat import Chat
+from ov_phi3.conversation import Conversation, TurnEncoder
 from ov_phi3.errors import SnapshotError
 from ov_phi3.kv import snapshot
-from ov_phi3.kv.fingerprint import check_fingerprint
+from ov_phi3.kv.fingerprint import check_fingerprint, same_keys
+from ov_phi3.text.tools import Tools
 
 if TYPE_CHECKING:
     from ov_phi3.loaded_model import LoadedModel
 
-__all__ = ["read_saved"]
+__all__ = ["load_chat", "read_saved"]
 
 _LOADERS = {"chat": "load_chat", "prefix": "load_prefix"}
 
@@ -47,3 +50,22 @@ def read_saved(
             f"{window}. Load the model with a longer context_length."
         )
     return saved
+
+
+def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
+    """Read a chat from a file; see `Pipeline.load_chat`."""
+    saved = read_saved(model, path, "chat", ids_alone=True)
+    try:
+        values = saved.conversation or {}
+        tools = Tools.of(values.get("tools"))
+        chat = Chat(model, tools=tools, overflow=values["overflow"], on_cancel=values["on_cancel"])
+        encoder = TurnEncoder(model.tokenizer, tools)
+        conversation = Conversation.from_dict(values, encoder, model.info.eos_token_ids, model.info.vocab_size)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its conversation is not valid.") from exc
+    if conversation.ids.tolist() != saved.ids.tolist():
+        raise SnapshotError(f"{os.fspath(path)} is damaged: its token ids are not those of its conversation.")
+    same = same_keys(saved.fingerprint, model.fingerprint)
+    usable = same and len(saved.entry.ids) and model.engine.import_kv(saved.entry)
+    chat.restore(conversation, saved.entry if usable else None)
+    return chat

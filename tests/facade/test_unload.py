@@ -184,3 +184,71 @@ def test_memory_is_given_back(demo_int4: Path, device: str, backend: str) -> Non
         loaded = resident_mib()
         pipe.unload()
         assert loaded - resident_mib() > 100  # the weights alone have 105 MB
+
+
+class TestUnloadDir:
+    """Keys and values of open chats are on disk while the model is unloaded."""
+
+    @pytest.fixture
+    def parked(self, tiny_fp32: Path, device: str, tmp_path: Path) -> Iterator[ov_phi3.Pipeline]:
+        with ov_phi3.load(tiny_fp32, device, unload_dir=tmp_path) as pipe:
+            yield pipe
+
+    def test_chats_prefill_their_new_tokens_only(self, parked: ov_phi3.Pipeline, tmp_path: Path) -> None:
+        chats = [parked.chat(system=f"You are number {number}. " * 20) for number in range(3)]
+        for chat in chats:
+            chat.send("Hello", **GREEDY)
+        expected = [chat.fork().send("And now?", **GREEDY) for chat in chats]
+        gone = chats.pop()
+        del gone
+        gc.collect()
+        for _ in range(2):  # the second time the entries are held already
+            parked.unload()
+            assert parked.generate("Hi", **GREEDY).metrics.load_ms is not None
+        results = [chat.send("And now?", **GREEDY) for chat in chats]
+        for result, right in zip(results, expected, strict=False):
+            assert result.token_ids == right.token_ids
+            assert result.metrics.reused_tokens == right.metrics.reused_tokens
+        assert list(tmp_path.iterdir()) == []
+        again = [chat.send("And then?", **GREEDY).metrics.reused_tokens for chat in chats]
+        assert all(again)
+
+    def test_they_are_in_files_and_not_in_memory(self, parked: ov_phi3.Pipeline, tmp_path: Path) -> None:
+        maps = Path("/proc/self/maps")
+        if not maps.exists():
+            pytest.skip("needs Linux's list of mapped files")
+        chat = parked.chat()
+        chat.send("Hello", **GREEDY)
+        parked.unload()
+        assert str(tmp_path) in maps.read_text(encoding="utf-8")
+        chat.send("And now?", **GREEDY)
+        gc.collect()
+        assert str(tmp_path) not in maps.read_text(encoding="utf-8")
+
+    def test_a_chat_that_changed_meanwhile(self, parked: ov_phi3.Pipeline) -> None:
+        chat = parked.chat()
+        chat.send("Hello", **GREEDY)
+        first = len(chat.token_ids)
+        chat.send("And now?", **GREEDY)
+        parked.unload()
+        chat.rewind()
+        result = chat.send("Or else?", **GREEDY)
+        assert first - 1 <= (result.metrics.reused_tokens or 0) < len(result.prompt_token_ids)
+        assert result.token_ids == parked.generate(result.prompt_token_ids, seed=1, **GREEDY).token_ids
+
+    def test_a_folder_that_is_gone(
+        self, parked: ov_phi3.Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        chat = parked.chat()
+        chat.send("Hello", **GREEDY)
+        tmp_path.rmdir()
+        parked.unload()
+        assert not parked.loaded
+        assert f"could not be written to {tmp_path}" in caplog.text
+        assert chat.send("And now?", **GREEDY).metrics.reused_tokens == 0
+
+    def test_what_load_refuses(self, tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+        with pytest.raises(ov_phi3.ConfigError, match="does not work with backend='llm_pipeline', whose cache cannot"):
+            ov_phi3.load(tiny_fp32, device, backend="llm_pipeline", unload_dir=tmp_path)
+        with pytest.raises(ov_phi3.ConfigError, match="is not a directory; make it first"):
+            ov_phi3.load(tiny_fp32, device, unload_dir=tmp_path / "none")

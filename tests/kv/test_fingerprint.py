@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ov_phi3 import ChatTemplate, ModelInfo, Pipeline, SnapshotError
-from ov_phi3.kv.fingerprint import check_fingerprint, fingerprint_of, same_keys
+from ov_phi3.kv.fingerprint import check_fingerprint, fingerprint_of
 from snapshots import edited, meta
 
 

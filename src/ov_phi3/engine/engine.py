@@ -22,6 +22,7 @@ from ov_phi3.backends.registry import backends_with
 from ov_phi3.backends.request_queue import RequestQueue, Ticket
 from ov_phi3.engine.channel import Channel
 from ov_phi3.engine.limits import Limits
+from ov_phi3.engine.parking import Parking
 from ov_phi3.engine.residency import IdleWatch, unload_in_turn
 from ov_phi3.engine.runner import Runner
 from ov_phi3.engine.stream import TokenStream
@@ -75,10 +76,12 @@ class Engine:
         kv: size of the KV cache.
         concurrency: requests that run at once.
         idle_unload: seconds without a request after which the model leaves memory; None for never.
+        parking: the chats whose keys and values outlive an unload.
 
     Attributes:
         info: see above.
         concurrency: see above.
+        parking: see above.
         used: whether it has had a request, so that the next one does not pay for the first inference.
     """
 
@@ -92,14 +95,12 @@ class Engine:
         *,
         concurrency: int = 1,
         idle_unload: float | None = None,
+        parking: Parking | None = None,
     ) -> None:
-        self.info = info
-        self.concurrency = concurrency
-        self.used = False
-        self._tokenizer = tokenizer
-        self._runner = runner
-        self._limits = limits
-        self._kv = kv
+        self.info, self.concurrency, self.used = info, concurrency, False
+        self.parking = parking or Parking(None)
+        self._runner, self._park = runner, functools.partial(self.parking.park, runner)
+        self._tokenizer, self._limits, self._kv = tokenizer, limits, kv
         self._backend: ResidentBackend | None = runner.backend
         self._process = os.getpid()
         self._queue = RequestQueue(concurrency)
@@ -358,12 +359,14 @@ class Engine:
             ClosedError: the engine was closed.
             StreamError: called from inside a callback of a running request.
         """
-        unload_in_turn(self.check_open(), self._queue)
+        unload_in_turn(self.check_open(), self._queue, before=self._park)
 
     def _unload_unused(self) -> None:
         """Unload if nothing runs or waits; whatever does is followed by another look."""
         if (backend := self._backend) is not None:
-            unload_in_turn(backend, self._queue, only_if_empty=True)
+            unload_in_turn(
+                backend, self._queue, only_if_empty=True, before=functools.partial(self.parking.park, self._runner)
+            )
 
     def close(self) -> None:
         """Cancel the running requests, wait for them, and free the model. Can be called again.

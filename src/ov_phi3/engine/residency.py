@@ -148,13 +148,20 @@ def _check_protocol(backend: ResidentBackend) -> Backend:
     return backend  # mypy holds the class against the protocol here
 
 
-def unload_in_turn(backend: ResidentBackend, queue: RequestQueue, *, only_if_empty: bool = False) -> None:
+def unload_in_turn(
+    backend: ResidentBackend,
+    queue: RequestQueue,
+    *,
+    only_if_empty: bool = False,
+    before: Callable[[], None] = lambda: None,
+) -> None:
     """Unload a backend when no request runs: when all that came before have left the queue.
 
     Args:
         backend: the backend.
         queue: the queue of its engine.
         only_if_empty: do nothing if a request runs or waits.
+        before: called in front of the unloading, if the model is in memory.
 
     Raises:
         StreamError: called from inside a callback of a running request.
@@ -166,6 +173,8 @@ def unload_in_turn(backend: ResidentBackend, queue: RequestQueue, *, only_if_emp
         elif not queue.join_if_empty(ticket):
             return
         queue.start(ticket)
+        if backend.loaded:
+            before()
         backend.unload()
         give_memory_back()
     finally:

@@ -38,9 +38,7 @@ _OF_KEYS_ALONE = (_ADAPTERS, _RELEASE)
 _MISSING = {_ADAPTERS: "none"}
 
 
-def fingerprint_of(
-    info: ModelInfo, template: ChatTemplate, adapters: Sequence[AdapterReport] = ()
-) -> dict[str, str]:
+def fingerprint_of(info: ModelInfo, template: ChatTemplate, adapters: Sequence[AdapterReport] = ()) -> dict[str, str]:
     """Model, recipe, tokenizer, template, rope, adapters where there are any, and engine, each as text.
 
     `model` is `ModelInfo.fingerprint` (config, graph, samples of the weights). `tokenizer` and `template` hold the

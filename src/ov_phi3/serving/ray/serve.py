@@ -21,7 +21,8 @@ from ray.serve.handle import DeploymentHandle
 
 from ov_phi3.backends.registry import backend_spec, default_concurrency
 from ov_phi3.errors import ConfigError
-from ov_phi3.loading import check_concurrency, load
+from ov_phi3.load_arguments import check_concurrency
+from ov_phi3.loading import load
 from ov_phi3.serving import openai_format
 from ov_phi3.serving.app import MAX_BODY_BYTES, create_app
 from ov_phi3.serving.guard import Message, Receive, Scope, Send
