@@ -42,7 +42,7 @@ class LoadedModel:
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What saved keys and values of this model depend on."""
-        return fingerprint_of(self.info, self.tokenizer.template, self.adapters)
+        return fingerprint_of(self.info, self.tokenizer.template, [(one.sha256, one.factor) for one in self.adapters])
 
     def encode(
         self, prompt: Prompt, *, continue_final_message: bool = False, tools: Tools | None = None

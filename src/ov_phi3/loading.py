@@ -72,10 +72,10 @@ def load(
     idle_unload: float | None = None,
     unload_dir: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
-    """Load an exported model.
+    """Load an exported model: what `export` wrote, or `optimum-cli export openvino`.
 
     Args:
-        model_dir: what `export` wrote, or `optimum-cli export openvino`.
+        model_dir: its directory.
         device: "AUTO" (a discrete GPU, else any GPU, else the CPU) or exactly one device, such as "GPU.0".
         backend: "llm_pipeline", which is `openvino_genai.LLMPipeline`, the default; or "infer_request", our own engine
             on paged attention, the default with `concurrency`, `draft_model` or `unload_dir`: saved KV caches and more.
@@ -92,8 +92,7 @@ def load(
         draft_model: a smaller exported model with the same tokenizer that guesses tokens (docs/options.md#draft-model).
         draft_device: its device; default: the model's.
         idle_unload: seconds without a request after which it is unloaded, see `Pipeline.unload`; default: never.
-        unload_dir: a directory for the keys and values of open chats while the model is unloaded; default: they are
-            computed again.
+        unload_dir: a directory that has the keys and values of open chats while it is unloaded; default: none has.
 
     Raises:
         ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
@@ -109,15 +108,14 @@ def load(
     versions.check()
     info = ModelInfo.from_dir(model_dir)
     check_arguments(info, context_length, prefill_chunk, template)
-    unloading = Unloading.of(idle_unload, unload_dir, spec)
     check_concurrency(concurrency, spec)
+    unloading = Unloading.of(idle_unload, unload_dir, spec)
     checked = check_adapters(adapters, info)
-    defaults, ignored = model_defaults(info)
+    own = model_defaults(info)
     draft = read_draft_model(draft_model, info)
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
     request = replace(_with_draft(plan, draft, draft_device, ov_config), adapters=checked)
-    opened = _open(spec, request, template)
-    return _pipeline(spec, request, opened, (defaults, ignored), prefill_chunk, unloading, began)
+    return _pipeline(spec, request, _open(spec, request, template), own, prefill_chunk, unloading, began)
 
 
 def _pipeline(

@@ -14,7 +14,6 @@ from ov_phi3.errors import SnapshotError
 from ov_phi3.system import versions
 
 if TYPE_CHECKING:
-    from ov_phi3.load_report import AdapterReport
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.template import ChatTemplate
 
@@ -38,7 +37,9 @@ _OF_KEYS_ALONE = (_ADAPTERS, _RELEASE)
 _MISSING = {_ADAPTERS: "none"}
 
 
-def fingerprint_of(info: ModelInfo, template: ChatTemplate, adapters: Sequence[AdapterReport] = ()) -> dict[str, str]:
+def fingerprint_of(
+    info: ModelInfo, template: ChatTemplate, adapters: Sequence[tuple[str, float]] = ()
+) -> dict[str, str]:
     """Model, recipe, tokenizer, template, rope, adapters where there are any, and engine, each as text.
 
     `model` is `ModelInfo.fingerprint` (config, graph, samples of the weights). `tokenizer` and `template` hold the
@@ -49,7 +50,7 @@ def fingerprint_of(info: ModelInfo, template: ChatTemplate, adapters: Sequence[A
     for name in ("openvino_tokenizer.xml", "openvino_tokenizer.bin"):
         file = info.path / name
         digest.update(file.read_bytes() if file.is_file() else b"")
-    applied = ", ".join(sorted(f"{adapter.sha256[:32]} times {adapter.factor:.9g}" for adapter in adapters))
+    applied = ", ".join(sorted(f"{sha256[:32]} times {factor:.9g}" for sha256, factor in adapters))
     boundary = "none" if info.rope_boundary is None else f"factors change at {info.rope_boundary} tokens"
     return {
         "model": info.fingerprint,

@@ -126,7 +126,7 @@ def _conditions(pipe: Pipeline, config: GenerationConfig, model_name: str) -> st
     report = pipe.load_report
     properties = sorted((name, str(value)) for name, value in report.ov_config.items() if name != "CACHE_DIR")
     conditions = {
-        **fingerprint_of(pipe.info, pipe.tokenizer.template, report.adapters),
+        **fingerprint_of(pipe.info, pipe.tokenizer.template, [(one.sha256, one.factor) for one in report.adapters]),
         "backend": report.backend,
         "device": pipe.device.full_name,
         "properties": properties,

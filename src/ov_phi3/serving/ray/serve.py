@@ -69,8 +69,7 @@ def deployment(
         model_dir: directory of the model, on every node or shared; with `manifest_sha256`, where to copy it from.
         model_name: the name that requests call it by.
         api_key: the key that requests must send; None for none.
-        concurrency: replies at once in each replica, and requests that Ray sends it; default: 8, or 1 with
-            `backend="llm_pipeline"`.
+        concurrency: replies at once in each replica; default: 8, or 1 with `backend="llm_pipeline"`.
         max_queue: requests that wait in each entry for a replica; more are answered with 429.
         replicas: their number; or the least and the most of them, between which Ray scales by the number of requests.
         num_cpus: CPUs of each replica, and threads of its engine on a CPU.
@@ -86,14 +85,10 @@ def deployment(
         **load_options: of `ov_phi3.load`; the backend is "infer_request" by default.
 
     Raises:
-        ConfigError: `replicas` or `concurrency` is not as above, or a backend that is unknown, or that does not run
-            so many replies at once.
+        ConfigError: `replicas` is not as above, or there is no backend that runs so many replies at once.
         TypeError: `concurrency` is not a whole number.
     """
-    backend = load_options.get("backend") or "infer_request"
-    if concurrency is None:
-        concurrency = default_concurrency(backend, _CONCURRENCY)
-    check_concurrency(concurrency, backend_spec(backend))
+    load_options, concurrency = _load_options(load_options, concurrency)
     how = {
         "max_queued_requests": max_queue,
         "graceful_shutdown_timeout_s": drain,
@@ -104,11 +99,20 @@ def deployment(
         {"manifest_sha256": manifest_sha256, "cache_dir": cache_dir} if manifest_sha256 else None,
         [os.fspath(file) for file in prefixes],
         {"model_name": model_name, "api_key": api_key, **(app_options or {})},
-        {**load_options, "backend": backend, "concurrency": concurrency},
+        load_options,
     )
     most = max_queue + concurrency * (replicas if isinstance(replicas, int) else replicas[1])
     limit = int((app_options or {}).get("max_body_bytes", MAX_BODY_BYTES))
     return serve.deployment(**_entry_options(entries, most, drain))(serve.ingress()(Entry)).bind(model, limit)
+
+
+def _load_options(given: Mapping[str, Any], concurrency: int | None) -> tuple[dict[str, Any], int]:
+    """The complete options of `load`, and the number of replies at once."""
+    backend = given.get("backend") or "infer_request"
+    if concurrency is None:
+        concurrency = default_concurrency(backend, _CONCURRENCY)
+    check_concurrency(concurrency, backend_spec(backend))
+    return {**given, "backend": backend, "concurrency": concurrency}, concurrency
 
 
 def _entry_options(entries: int, most_requests: int, drain: float) -> dict[str, Any]:
