@@ -110,11 +110,10 @@ def load(
     check_arguments(info, context_length, prefill_chunk, template)
     check_concurrency(concurrency, spec)
     unloading = Unloading.of(idle_unload, unload_dir, spec)
-    checked = check_adapters(adapters, info)
     own = model_defaults(info)
     draft = read_draft_model(draft_model, info)
     plan = _plan(spec, info, device, ov_config, context_length, kv_cache_gb, prefill_chunk, concurrency, draft)
-    request = replace(_with_draft(plan, draft, draft_device, ov_config), adapters=checked)
+    request = replace(_with_draft(plan, draft, draft_device, ov_config), adapters=check_adapters(adapters, info))
     return _pipeline(spec, request, _open(spec, request, template), own, prefill_chunk, unloading, began)
 
 
