@@ -45,10 +45,12 @@ from _common import (
     progress,
     write_json,
 )
+from _speculation_bound import least_steps_per_token
 from _speculation_texts import PLAIN, REPEATING
 from ov_phi3.bench.table import table
 
 LOOKUP, DRAFT = "lookup", "draft model"
+_AT_MOST = "At most: tokens per step if each step drafted exactly the tokens that lookup predicts right."
 WHERE = {True: "where the reply repeats its prompt", False: "elsewhere"}
 
 
@@ -60,6 +62,7 @@ class Outcome:
     repeats: bool
     temperature: float
     source: str
+    least_steps: float | None = None
     tpot: list[float] = field(default_factory=list)
     equal: int = 0
     replies: set[tuple[int, ...]] = field(default_factory=set)
@@ -104,6 +107,8 @@ def run(pipes: dict[str, ov_phi3.Pipeline], work: Work, options: argparse.Namesp
     if work.reply:
         forced = plain.tokenizer.encode_continuation(work.reply).tolist()
         config |= {"max_new_tokens": len(forced), "logits_processors": [forcing(len(ids), forced)]}
+        for outcome in work.outcomes:
+            outcome.least_steps = least_steps_per_token(ids.tolist(), forced)
     if temperature:
         config["seed"] = random.Random(f"{options.seed} {text}").randrange(2**32)
     results = {}
@@ -170,6 +175,7 @@ def results(outcomes: list[Outcome]) -> str:
             "TPOT ratio",
             "quartiles",
             "tokens per step",
+            "at most",
             "accepted",
             "equal ids",
             "replies",
@@ -189,12 +195,13 @@ def results(outcomes: list[Outcome]) -> str:
                 f"{ratio.p50:.3f}",
                 f"{ratio.p25:.3f} to {ratio.p75:.3f}",
                 f"{step.p50:.2f}",
+                "" if outcome.least_steps is None else f"{1 / outcome.least_steps:.2f}",
                 f"{outcome.accepted} of {outcome.drafted}",
                 f"{outcome.equal} of {len(outcome.tpot)}",
                 str(len(outcome.replies)),
             )
         )
-    lines = [table(rows), "Median of the ratios to speculation='off', round by round."]
+    lines = [table(rows), "Median of the ratios to speculation='off', round by round.", _AT_MOST]
     for (source, repeats), ratios in medians.items():
         lines.append(f"{source}, {WHERE[repeats]}: median {statistics.median(ratios):.3f}, highest {max(ratios):.3f}")
     for repeats in (True, False):
