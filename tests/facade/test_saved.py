@@ -103,7 +103,7 @@ class TestSaved:
         chat.save(path)
         path.write_bytes(edited(path.read_bytes(), meta(engine="openvino 2030.1")))
         loaded = tiny_loop.load_chat(path)
-        assert loaded._loaded_kv is None
+        assert loaded._held_kv is None
         assert loaded.messages == chat.messages
 
     def test_on_the_other_backend(self, tiny_loop: Pipeline, tiny_pipe: Pipeline, tmp_path: Path) -> None:
