@@ -78,7 +78,8 @@ def genai_replies(raw: Any, at_once: int, new_tokens: int, prompts: list[list[in
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
     tensors = [openvino.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
-    calls = [tensors[first : first + at_once] for first in range(0, len(tensors), at_once)]
+    whole = len(tensors) - len(tensors) % at_once
+    calls = [tensors[first : first + at_once] for first in range(0, whole, at_once)]
     started = time.perf_counter()
     results = [result for call in calls for result in raw.generate(call, [config] * len(call))]
     elapsed = time.perf_counter() - started
@@ -110,6 +111,7 @@ def settings(options: argparse.Namespace, plain: ov_phi3.Pipeline, own: ov_phi3.
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Measure all rounds; return the samples of each setting."""
     largest, load, rng = max(options.at_once), load_options(options), random.Random(0)
+    requests = options.requests or 2 * largest
     with (
         ov_phi3.load(options.model, **load) as plain,
         ov_phi3.load(options.model, concurrency=largest, **load) as own,
@@ -119,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         for number in range(-1, options.repeat):
             for name, ask in asks.items():
                 progress(f"round {number + 1} of {options.repeat}: {name} at once")
-                sample = ask([ov_phi3.random_prompt(own, options.prompt_tokens, rng) for _ in range(2 * largest)])
+                sample = ask([ov_phi3.random_prompt(own, options.prompt_tokens, rng) for _ in range(requests)])
                 samples[name] += [sample] if number >= 0 else []
     return samples
 
@@ -152,11 +154,14 @@ def main() -> int:
     )
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--requests", type=int, metavar="N", help="in each setting (default: two of every caller)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--genai", action="store_true", help="measure GenAI's batching in the same run")
     options = parser.parse_args()
     if min(options.at_once) < 1 or max(options.at_once) < 2 or options.repeat < 1:
         parser.error("--at-once needs numbers of at least 1, one of them above 1, and --repeat at least 1")
+    if options.requests is not None and options.requests < max(options.at_once):
+        parser.error(f"--requests {options.requests}; expected at least one for each of {max(options.at_once)} callers")
     options.at_once = sorted({1, *options.at_once})
     check(options)
     samples = measure(options)

@@ -107,8 +107,7 @@ def run(pipes: dict[str, ov_phi3.Pipeline], work: Work, options: argparse.Namesp
     if work.reply:
         forced = plain.tokenizer.encode_continuation(work.reply).tolist()
         config |= {"max_new_tokens": len(forced), "logits_processors": [forcing(len(ids), forced)]}
-        for outcome in work.outcomes:
-            outcome.least_steps = least_steps_per_token(ids.tolist(), forced)
+        work.outcomes[0].least_steps = least_steps_per_token(ids.tolist(), forced)  # of lookup, which comes first
     if temperature:
         config["seed"] = random.Random(f"{options.seed} {text}").randrange(2**32)
     results = {}

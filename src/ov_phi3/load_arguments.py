@@ -1,8 +1,9 @@
-"""Arguments of `load` that are checked before anything is read."""
+"""Arguments of `load` that are checked before the model is opened."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,7 +84,8 @@ class Unloading:
         """The checked arguments of `load`.
 
         Raises:
-            ConfigError: a number out of range, no directory, or a backend whose cache cannot be read.
+            ConfigError: a number out of range, no directory, one that cannot be written to, or a backend whose cache
+                cannot be read.
             TypeError: an argument of the wrong type.
         """
         if after is not None:
@@ -98,4 +100,10 @@ class Unloading:
             )
         if not path.is_dir():
             raise ConfigError(f"unload_dir={str(directory)!r} is not a directory; make it first.")
+        try:
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as exc:
+            reason = exc.strerror or exc
+            raise ConfigError(f"unload_dir={str(directory)!r} cannot be written to: {reason}; take another.") from exc
         return cls(after, path)

@@ -97,7 +97,8 @@ def load(
     Raises:
         ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
         DeviceError: the device is missing or cannot run the model, or the OpenVINO packages do not fit together.
-        ConfigError: an unknown backend or property, a value out of range, or a window that the memory cannot hold.
+        ConfigError: an unknown backend or property, one that the backend lacks, a value out of range, or a window that
+            the memory cannot hold.
         TypeError: an argument of the wrong type.
 
     Warns:
@@ -337,6 +338,8 @@ def _engine(
 
 def _reopen(spec: BackendSpec, request: LoadRequest, tokenizer: Tokenizer) -> Backend:
     """The backend after it was unloaded, with the tokenizer, which stayed in memory."""
+    for adapter, _ in request.adapters:
+        adapter.check_unchanged()
     future: Future[Tokenizer] = Future()
     future.set_result(tokenizer)
     with few_kernels():

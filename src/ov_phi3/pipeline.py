@@ -266,15 +266,15 @@ class Pipeline:
 
         Raises:
             ConfigError: another backend. SnapshotError: no file, damaged, of a newer format, or of another model,
-            tokenizer, chat template or release.
+            tokenizer, chat template or release, or of other adapters.
         """
         return load_prefix(self._model, path)
 
     def load_chat(self, path: str | os.PathLike[str]) -> Chat:
         """Load a chat that `Chat.save` wrote.
 
-        With `backend="infer_request"` its keys and values are loaded too, if they are of this OpenVINO release.
-        Otherwise the first turn computes them.
+        With `backend="infer_request"` its keys and values are loaded too, if they are of this OpenVINO release and the
+        same adapters. Otherwise the first turn computes them.
 
         Raises:
             SnapshotError: no file, damaged, of a newer format, or of another model, tokenizer or chat template.

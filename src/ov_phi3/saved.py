@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ov_phi3.chat import Chat
 from ov_phi3.conversation import Conversation, TurnEncoder
 from ov_phi3.errors import SnapshotError
 from ov_phi3.kv import snapshot
-from ov_phi3.kv.fingerprint import check_fingerprint, same_keys
+from ov_phi3.kv.fingerprint import KEYS_ALONE, check_fingerprint, same_keys
 from ov_phi3.text.tools import Tools
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _LOADERS = {"chat": "load_chat", "prefix": "load_prefix"}
 
 
 def read_saved(
-    model: LoadedModel, path: str | os.PathLike[str], kind: str, *, ids_alone: bool = False
+    model: LoadedModel, path: str | os.PathLike[str], kind: str, *, but: Collection[str] = ()
 ) -> snapshot.Snapshot:
     """A snapshot that belongs to this model and fits its context window.
 
@@ -29,7 +30,7 @@ def read_saved(
         model: the loaded model.
         path: the file.
         kind: "prefix" or "chat".
-        ids_alone: accept a file of which only the token ids can be used, see `same_keys`.
+        but: parts of the fingerprint that may differ.
 
     Raises:
         SnapshotError: it does not.
@@ -39,7 +40,7 @@ def read_saved(
     source, info, window = os.fspath(path), model.info, model.engine.context_length
     if saved.kind != kind:
         raise SnapshotError(f"{source} holds a {saved.kind}, not a {kind}; load it with {_LOADERS[saved.kind]}().")
-    check_fingerprint(saved.fingerprint, model.fingerprint, source, ids_alone=ids_alone)
+    check_fingerprint(saved.fingerprint, model.fingerprint, source, but=but)
     if not model.engine.fits(saved.entry):
         raise SnapshotError(f"{source} is damaged: its blocks of keys and values are not those of this model's cache.")
     if len(saved.ids) and not 0 <= int(saved.ids.min()) <= int(saved.ids.max()) < info.vocab_size:
@@ -54,7 +55,7 @@ def read_saved(
 
 def load_chat(model: LoadedModel, path: str | os.PathLike[str]) -> Chat:
     """Read a chat from a file; see `Pipeline.load_chat`."""
-    saved = read_saved(model, path, "chat", ids_alone=True)
+    saved = read_saved(model, path, "chat", but=KEYS_ALONE)
     try:
         values = saved.conversation or {}
         tools = Tools.of(values.get("tools"))

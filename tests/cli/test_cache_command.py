@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ov_phi3.cli import main
+from snapshots import edited, meta
 
 SYSTEM = "You are a careful assistant of a small library, and you answer in one short sentence."
 Captured = pytest.CaptureFixture[str]
@@ -51,6 +52,13 @@ def test_verify_checks_the_model_and_the_checksums(
     err = capsys.readouterr().err
     assert "damaged: past_key_values." in err
     assert len(err.splitlines()) == 1
+
+
+def test_verify_names_the_adapters_of_a_file(built: Path, demo_int4: Path, tmp_path: Path, capsys: Captured) -> None:
+    other = tmp_path / "adapted.kv"
+    other.write_bytes(edited(built.read_bytes(), meta(adapters="0123 times 2")))
+    assert main(["cache", "verify", str(other), str(demo_int4)]) == 0
+    assert capsys.readouterr().out.endswith(f"fits {demo_int4} with the adapters 0123 times 2.\n")
 
 
 def test_generate_continues_from_a_saved_prefix(built: Path, demo_int4: Path, device: str, capsys: Captured) -> None:

@@ -56,6 +56,7 @@ def test_merged_at_load_and_in_peft_are_the_same(tiny: Path, lora: Path, tmp_pat
     merged = export(tiny, tmp_path / "merged", "fp32", adapter=lora, progress=lines.append)
     assert greedy(merged.path) == greedy(merged.path, backend="infer_request") == reference
     assert greedy(plain.path, adapters=lora) == reference
+    assert greedy(plain.path, adapters=lora, backend="infer_request") == reference
     assert greedy(plain.path) != reference
     assert merged.manifest is not None
     recorded = merged.manifest["adapter"]

@@ -131,6 +131,23 @@ def test_after_an_unload_the_adapter_is_applied_again(
         assert pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False).token_ids == reference(1.0)
 
 
+def test_an_adapter_that_changed_while_the_model_was_unloaded(
+    tiny_fp32: Path, tiny_hf: Path, device: str, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_hf / "config.json").read_text(encoding="utf-8"))
+    lora = write_adapter(tmp_path / "lora", lora_tensors(config))
+    before = {path: path.read_bytes() for path in lora.iterdir()}
+    with ov_phi3.load(tiny_fp32, device=device, backend="infer_request", adapters=lora) as pipe:
+        expected = pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False).token_ids
+        pipe.unload()
+        write_adapter(lora, lora_tensors(config, seed=1))
+        with pytest.raises(ModelError, match="has changed since the model was loaded"):
+            pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False)
+        for path, data in before.items():
+            path.write_bytes(data)
+        assert pipe.generate(PROMPT, max_new_tokens=NEW, do_sample=False).token_ids == expected
+
+
 def test_an_adapter_of_a_longrope_model(longrope: tuple[Path, Path, int], device: str, tmp_path: Path) -> None:
     model, source, boundary = longrope
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

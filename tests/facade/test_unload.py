@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import ov_phi3
+from ov_phi3.engine.parking import copy_to_disk
+from ov_phi3.kv.entry import KVEntry
 
 GREEDY = {"max_new_tokens": 12, "ignore_eos": True, "do_sample": False}
 WAIT_S = 60.0
@@ -209,7 +211,6 @@ class TestUnloadDir:
         for result, right in zip(results, expected, strict=False):
             assert result.token_ids == right.token_ids
             assert result.metrics.reused_tokens == right.metrics.reused_tokens
-        assert list(tmp_path.iterdir()) == []
         again = [chat.send("And then?", **GREEDY).metrics.reused_tokens for chat in chats]
         assert all(again)
 
@@ -224,6 +225,90 @@ class TestUnloadDir:
         chat.send("And now?", **GREEDY)
         gc.collect()
         assert str(tmp_path) not in maps.read_text(encoding="utf-8")
+
+    def test_an_idle_model_too(self, tiny_fp32: Path, device: str, tmp_path: Path) -> None:
+        with ov_phi3.load(tiny_fp32, device, idle_unload=0.2, unload_dir=tmp_path) as pipe:
+            chat = pipe.chat()
+            chat.send("Hello", **GREEDY)
+            tokens = len(chat.token_ids)
+            until(lambda: not pipe.loaded)
+            metrics = chat.send("And now?", **GREEDY).metrics
+            assert metrics.load_ms is not None
+            assert (metrics.reused_tokens or 0) >= tokens - 1
+
+    @pytest.mark.parametrize("over", [-40, 1, 30])
+    def test_a_longrope_model(self, longrope: tuple[Path, Path, int], device: str, tmp_path: Path, over: int) -> None:
+        path, _, boundary = longrope
+        with ov_phi3.load(path, device, unload_dir=tmp_path) as pipe:
+            chat = pipe.chat()
+            room = boundary + over - len(pipe.encode("Hello"))
+            chat.send("Hello", max_new_tokens=room, ignore_eos=True, do_sample=False)
+            assert len(chat.token_ids) == boundary + over
+            expected = chat.fork().send("And now?", **GREEDY)
+            pipe.unload()
+            result = chat.send("And now?", **GREEDY)
+        assert result.token_ids == expected.token_ids
+        assert result.metrics.reused_tokens in (0, expected.metrics.reused_tokens)
+
+    def test_chats_that_are_opened_meanwhile(self, parked: ov_phi3.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = []
+
+        def copy(entry: KVEntry, directory: Path) -> KVEntry:
+            thread = threading.Thread(target=lambda: opened.append(parked.chat(system="Be brief.")))
+            thread.start()
+            thread.join()
+            return copy_to_disk(entry, directory)
+
+        monkeypatch.setattr("ov_phi3.engine.parking.copy_to_disk", copy)
+        chats = [parked.chat() for _ in range(3)]
+        for chat in chats:
+            chat.send("Hello", **GREEDY)
+        parked.unload()
+        assert len(opened) == 3
+        for chat in [*chats, *opened]:
+            assert chat.send("And now?", **GREEDY).finish_reason == "length"
+
+    @pytest.mark.parametrize("error", [MemoryError(), ValueError("no")])
+    def test_the_model_leaves_memory_in_any_case(
+        self, parked: ov_phi3.Pipeline, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def fail(entry: KVEntry, directory: Path) -> KVEntry:
+            raise error
+
+        monkeypatch.setattr("ov_phi3.engine.parking.copy_to_disk", fail)
+        chat = parked.chat()
+        chat.send("Hello", **GREEDY)
+        parked.unload()
+        assert not parked.loaded
+        assert chat.send("And now?", **GREEDY).metrics.reused_tokens == 0
+
+    def test_close_waits_for_no_more_than_one_copy(
+        self, parked: ov_phi3.Pipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copies = []
+        writing, closing = threading.Event(), threading.Event()
+
+        def copy(entry: KVEntry, directory: Path) -> KVEntry:
+            copies.append(entry)
+            writing.set()
+            assert closing.wait(WAIT_S)
+            return copy_to_disk(entry, directory)
+
+        monkeypatch.setattr("ov_phi3.engine.parking.copy_to_disk", copy)
+        chats = [parked.chat() for _ in range(3)]
+        for chat in chats:
+            chat.send("Hello", **GREEDY)
+        unloading = threading.Thread(target=parked.unload)
+        unloading.start()
+        assert writing.wait(WAIT_S)
+        closer = threading.Thread(target=parked.close)
+        closer.start()
+        until(lambda: parked.engine.closed)
+        closing.set()
+        for thread in (unloading, closer):
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+        assert len(copies) == 1
 
     def test_a_chat_that_changed_meanwhile(self, parked: ov_phi3.Pipeline) -> None:
         chat = parked.chat()

@@ -49,5 +49,11 @@ def test_float16_is_rounded_as_numpy_does(tmp_path: Path) -> None:
 
 def test_other_types_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", "I8", bytes(6))
-    with pytest.raises(ModelError, match=r"a\.safetensors has a tensor of type I8; expected F32, F16 or BF16"):
+    with pytest.raises(ModelError, match=r"a\.safetensors has a tensor of type I8; expected F64, F32, F16, BF16"):
+        read_tensor(file, read_header(file)["x"])
+
+
+def test_a_size_that_is_not_the_shapes_is_damage(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.safetensors", "F32", bytes(20))
+    with pytest.raises(ModelError, match=r"is damaged: a tensor of shape \[2, 3\] and type F32 has 20 bytes"):
         read_tensor(file, read_header(file)["x"])

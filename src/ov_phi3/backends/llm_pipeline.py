@@ -19,7 +19,9 @@ from ov_phi3.backends.genai_structure import obeyed_schema, unsupported_structur
 from ov_phi3.backends.genai_tokenizer import genai_tokenizer_arguments
 from ov_phi3.backends.longrope_graph import UnknownGraph, mark_ids, with_marked_ids
 from ov_phi3.backends.protocol import BackendReport, Capabilities, Hypothesis, LoadRequest
+from ov_phi3.errors import ModelError
 from ov_phi3.kv.prefix_index import BlockLedger, PrefixCache
+from ov_phi3.model.ir import IrSummary
 from ov_phi3.system.core import import_genai, keeping_signal_stack, never_freed_in_children
 from ov_phi3.system.tokenizers_library import tokenizers_importable
 
@@ -56,9 +58,14 @@ class LLMPipelineSpec:
         return unsupported_options(config, _assistance(properties)) or unsupported_structure(config)
 
     def open(self, request: LoadRequest) -> LLMPipelineBackend:
-        """Load the model."""
+        """Load the model.
+
+        Raises:
+            ModelError: GenAI would apply an adapter wrongly.
+        """
         properties = with_scheduler(request.properties, request.kv)
         if request.adapters:
+            _check_inputs(request.info.path)
             properties["adapters"] = _adapter_config(request.adapters)
         if (draft := request.draft) is not None:
             path, device = str(draft.info.path), draft.device.name
@@ -110,6 +117,16 @@ def with_scheduler(properties: Mapping[str, Any], kv: KVCachePlan) -> dict[str, 
     scheduler.enable_prefix_caching = True
     scheduler.max_num_batched_tokens = _WHOLE_PROMPTS
     return {**properties, "scheduler_config": scheduler}
+
+
+def _check_inputs(model_dir: Path) -> None:
+    """Refuse a model whose layers read scaled inputs: GenAI multiplies an adapter's A with these (2026.4.1)."""
+    if IrSummary.read(model_dir, "openvino_model").scales_inputs:
+        raise ModelError(
+            f"{model_dir} was exported with AWQ, which scales the inputs of layers. GenAI's adapters do not know these "
+            "scales, and replies would be wrong. Take backend='infer_request', or merge the adapter: "
+            "ov_phi3.export(SOURCE, DIRECTORY, adapter=...)."
+        )
 
 
 def _adapter_config(adapters: Sequence[tuple[Adapter, float]]) -> Any:

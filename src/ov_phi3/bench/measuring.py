@@ -229,6 +229,7 @@ def _settings(pipe: Pipeline, plan: Plan) -> dict[str, Any]:
         "prefill_chunk": pipe.engine.prefill_chunk,
         "compile_cache": load_report.cache,
         "draft_model": None if draft is None else draft.to_dict(),
+        "adapters": [adapter.to_dict() for adapter in load_report.adapters],
         "prompt_tokens": list(plan.prompt_tokens),
         "new_tokens": plan.new_tokens,
         "repeat": plan.repeat,

@@ -99,8 +99,7 @@ class Engine:
     ) -> None:
         self.info, self.concurrency, self.used = info, concurrency, False
         self.parking = parking or Parking(None)
-        self._runner, self._park = runner, functools.partial(self.parking.park, runner)
-        self._tokenizer, self._limits, self._kv = tokenizer, limits, kv
+        self._runner, self._tokenizer, self._limits, self._kv = runner, tokenizer, limits, kv
         self._backend: ResidentBackend | None = runner.backend
         self._process = os.getpid()
         self._queue = RequestQueue(concurrency)
@@ -364,9 +363,10 @@ class Engine:
     def _unload_unused(self) -> None:
         """Unload if nothing runs or waits; whatever does is followed by another look."""
         if (backend := self._backend) is not None:
-            unload_in_turn(
-                backend, self._queue, only_if_empty=True, before=functools.partial(self.parking.park, self._runner)
-            )
+            unload_in_turn(backend, self._queue, only_if_empty=True, before=self._park)
+
+    def _park(self) -> None:
+        self.parking.park(self._runner, lambda: not self.closed)
 
     def close(self) -> None:
         """Cancel the running requests, wait for them, and free the model. Can be called again.

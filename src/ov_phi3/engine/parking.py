@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import tempfile
+import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ov_phi3.backends.protocol import Request
-from ov_phi3.errors import Error
 from ov_phi3.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -48,35 +50,53 @@ class Parking:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
+        self._lock = threading.Lock()  # a set must not change while it is iterated over
         self._holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
 
     def add(self, holder: _Holder) -> None:
         """Add a conversation, for as long as it is referenced elsewhere."""
         if self._directory is not None:
-            self._holders.add(holder)
+            with self._lock:
+                self._holders.add(holder)
 
-    def park(self, runner: Runner) -> None:
+    def park(self, runner: Runner, wanted: Callable[[], bool] = lambda: True) -> None:
         """Write what the cache has of each conversation to disk. Nothing may be running.
 
-        What cannot be written, since the disk is full or the backend failed, is logged, and computed again later.
+        What cannot be written, since disk or memory are full or the backend failed, is logged, and computed again
+        later.
+
+        Args:
+            runner: runs requests on the backend that is about to be unloaded.
+            wanted: asked in front of every conversation; False ends it.
         """
-        for holder in list(self._holders):
-            ids = holder.ids_to_park()
-            cached = 0 if ids is None else runner.cached_tokens(ids)
-            if self._directory is None or ids is None or not cached:
-                continue
+        if self._directory is None:
+            return
+        with self._lock:
+            holders = list(self._holders)
+        for holder in holders:
+            if not wanted():
+                return
             try:
-                entry = runner.compute_kv(Request(ids[:cached], GenerationConfig.one_token(), ()), lambda *_: True)
-                entry = copy_to_disk(entry, self._directory)
-            except (OSError, RuntimeError, Error) as exc:
+                if (entry := _cached_entry(holder, runner)) is not None:
+                    entry = copy_to_disk(entry, self._directory)
+                    runner.backend.import_kv(entry)
+                    holder.hold(entry)
+            except Exception as exc:  # noqa: BLE001 - the model must leave memory in any case
                 _log.warning("keys and values of a chat could not be written to %s: %s", self._directory, exc)
-                continue
-            runner.backend.import_kv(entry)
-            holder.hold(entry)
+
+
+def _cached_entry(holder: _Holder, runner: Runner) -> KVEntry | None:
+    """A copy of what the cache has of a conversation; None if it has nothing that the next turn could use."""
+    ids = holder.ids_to_park()
+    cached = 0 if ids is None else runner.cached_tokens(ids)
+    is_long = runner.long_rope.is_long
+    if ids is None or not cached or is_long(cached) != is_long(len(ids) + 1):
+        return None  # the keys of a shorter sequence have the other LongRoPE factors
+    return runner.compute_kv(Request(ids[:cached], GenerationConfig.one_token(), ()), lambda *_: True)
 
 
 def copy_to_disk(entry: KVEntry, directory: Path) -> KVEntry:
-    """A copy of an entry whose blocks are pages of a file without a name.
+    """A copy of an entry whose blocks are pages of a file without a name (on Windows: one that is deleted with it).
 
     The file's space is free again when the copy is freed, or when the process ends in whatever way.
 
@@ -89,8 +109,8 @@ def copy_to_disk(entry: KVEntry, directory: Path) -> KVEntry:
             file.write(np.ascontiguousarray(array).data)
         file.flush()
         pages = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    ends = np.cumsum([array.nbytes for array in arrays])
+    ends = itertools.accumulate(array.nbytes for array in arrays)
     copies = tuple(
-        pages[end - array.nbytes : end].reshape(array.shape) for array, end in zip(arrays, ends.tolist(), strict=True)
+        pages[end - array.nbytes : end].reshape(array.shape) for array, end in zip(arrays, ends, strict=True)
     )
     return replace(entry, tensors=replace(entry.tensors, arrays=copies))

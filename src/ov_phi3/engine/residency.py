@@ -48,6 +48,7 @@ class ResidentBackend:
         self._reopen = reopen
         self._lock = threading.Lock()  # of `load`, for requests that start at the same time
         self._entries: weakref.WeakSet[KVEntry] = weakref.WeakSet()
+        self._entries_lock = threading.Lock()  # a set must not change while it is iterated over
         self.loaded = True
         self.warnings = backend.warnings
         self.draft_ms = backend.draft_ms
@@ -68,7 +69,9 @@ class ResidentBackend:
                 return None
             began = time.perf_counter()
             self._backend = self._reopen()
-            for entry in list(self._entries):
+            with self._entries_lock:
+                entries = list(self._entries)
+            for entry in entries:
                 if entry.tensors.layout == self._backend.kv_layout:
                     self._backend.import_kv(entry)
             self.loaded = True
@@ -135,7 +138,8 @@ class ResidentBackend:
 
     def import_kv(self, entry: KVEntry) -> None:
         """Let requests reuse an entry for as long as it is referenced elsewhere; at once, or after the next `load`."""
-        self._entries.add(entry)
+        with self._entries_lock:
+            self._entries.add(entry)
         if self.loaded:
             self._backend.import_kv(entry)
 

@@ -7,7 +7,7 @@ is stored beside them and compared when they are loaded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ov_phi3.errors import SnapshotError
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from ov_phi3.model.info import ModelInfo
     from ov_phi3.text.template import ChatTemplate
 
-__all__ = ["check_fingerprint", "fingerprint_of", "same_keys"]
+__all__ = ["ADAPTERS", "KEYS_ALONE", "check_fingerprint", "fingerprint_of", "same_keys"]
 
-_RELEASE, _ADAPTERS = "engine", "adapters"
+_RELEASE = "engine"
+ADAPTERS = "adapters"
+"""Key of the LoRA adapters in a fingerprint."""
+
+KEYS_ALONE = (ADAPTERS, _RELEASE)
+"""Parts that change keys and values, but no token ids."""
 
 # What a difference means, in the order in which it is reported.
 _MEANING = {
@@ -28,13 +33,11 @@ _MEANING = {
     "tokenizer": "another tokenizer",
     "template": "another chat template",
     "rope": "another RoPE configuration",
-    _ADAPTERS: "a pipeline with other LoRA adapters",
+    ADAPTERS: "a pipeline with other LoRA adapters",
     _RELEASE: "another OpenVINO release",
 }
-_OF_KEYS_ALONE = (_ADAPTERS, _RELEASE)
-"""Parts that change keys and values, but no token ids."""
 
-_MISSING = {_ADAPTERS: "none"}
+_MISSING = {ADAPTERS: "none"}
 
 
 def fingerprint_of(
@@ -58,13 +61,13 @@ def fingerprint_of(
         "tokenizer": digest.hexdigest()[:32],
         "template": f"{template.name} {hashlib.sha256(repr(template).encode()).hexdigest()[:32]}",
         "rope": f"{info.rope_type or 'plain'}, {boundary}",
-        **({_ADAPTERS: applied} if applied else {}),
+        **({ADAPTERS: applied} if applied else {}),
         _RELEASE: f"openvino {versions.release(versions.package_version('openvino') or 'unknown')}",
     }
 
 
 def check_fingerprint(
-    saved: Mapping[str, str], expected: Mapping[str, str], source: str, *, ids_alone: bool = False
+    saved: Mapping[str, str], expected: Mapping[str, str], source: str, *, but: Collection[str] = ()
 ) -> None:
     """Refuse a saved KV cache of something else.
 
@@ -72,26 +75,26 @@ def check_fingerprint(
         saved: the fingerprint in the file.
         expected: the pipeline's fingerprint.
         source: the file, for the message.
-        ids_alone: accept a file of which only the token ids can be used, see `same_keys`.
+        but: parts that may differ, such as `KEYS_ALONE` for a file of which only the token ids are needed.
 
     Raises:
         SnapshotError: they differ; the message names the part that differs.
     """
     for key, meaning in _MEANING.items():
         of_file, here = _value(saved, key), _value(expected, key)
-        if of_file != here and not (ids_alone and key in _OF_KEYS_ALONE):
+        if of_file != here and key not in but:
             raise SnapshotError(
                 f"{source} is of {meaning}: {key} is {of_file!r} in the file and {here!r} here. Load it with the "
-                f"{'adapters' if key == _ADAPTERS else 'model'} that it was made with, or build it again."
+                f"{'adapters' if key == ADAPTERS else 'model'} that it was made with, or build it again."
             )
 
 
 def same_keys(saved: Mapping[str, str], expected: Mapping[str, str]) -> bool:
-    """Whether a file that `check_fingerprint` accepted for its ids was made by the same release with the same adapters.
+    """Whether a file that was accepted for its ids was made by the same release with the same adapters.
 
     If not, its keys and values must be computed again.
     """
-    return all(_value(saved, key) == _value(expected, key) for key in _OF_KEYS_ALONE)
+    return all(_value(saved, key) == _value(expected, key) for key in KEYS_ALONE)
 
 
 def _value(fingerprint: Mapping[str, str], key: str) -> str:

@@ -53,12 +53,14 @@ class Adapter:
         weights: the safetensors file.
         config: `adapter_config.json`; None for a file without one beside it.
         tensors: the tensors of the file by name.
+        sha256: hash of its weights and its config.
     """
 
     path: Path
     weights: Path
     config: JsonFile | None
     tensors: Mapping[str, TensorEntry]
+    sha256: str
 
     @property
     def base(self) -> str | None:
@@ -81,18 +83,19 @@ class Adapter:
             raise self.config.error("lora_alpha", alpha, "a number")
         return alpha / (math.sqrt(self.rank) if self.config.data.get("use_rslora") else self.rank)
 
-    @property
-    def sha256(self) -> str:
-        """Hash of its weights and its config."""
-        digest = hashlib.sha256(self.weights.read_bytes())
-        if self.config is not None:
-            digest.update(self.config.path.read_bytes())
-        return digest.hexdigest()
-
     def to_dict(self) -> dict[str, str | int | float | None]:
         """What a manifest records about it."""
         names = {"path": str(self.path), "base": self.base, "sha256": self.sha256}
         return {**names, "rank": self.rank, "scale": self.scale}
+
+    def check_unchanged(self) -> None:
+        """Check that its files are those that were read.
+
+        Raises:
+            ModelError: they are gone, or changed.
+        """
+        if _sha256(self.weights, self.config) != self.sha256:
+            raise ModelError(f"{self.path} has changed since the model was loaded. Load the model anew for it.")
 
     def check_fit(self, model: Phi3Config, name: str | None) -> None:
         """Check that it belongs to a model.
@@ -211,7 +214,17 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     tensors = read_header(weights)
     if not tensors:
         raise ModelError(f"{weights} holds no tensors.")
-    return Adapter(given, weights, config, tensors)
+    return Adapter(given, weights, config, tensors, _sha256(weights, config))
+
+
+def _sha256(weights: Path, config: JsonFile | None) -> str:
+    try:
+        digest = hashlib.sha256(weights.read_bytes())
+        if config is not None:
+            digest.update(config.path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{error.filename or weights} cannot be read: {error.strerror or error}.") from error
+    return digest.hexdigest()
 
 
 def _check_method(config: JsonFile) -> None:

@@ -19,7 +19,10 @@ from xml.etree import ElementTree as ET
 
 from ov_phi3.errors import ModelError
 
-__all__ = ["Constant", "Edge", "IrGraph", "IrSummary", "Layer", "Output", "RtInfo"]
+__all__ = ["AWQ_SCALE", "Constant", "Edge", "IrGraph", "IrSummary", "Layer", "Output", "RtInfo"]
+
+AWQ_SCALE = "/awq_mul"
+"""End of the name of a node with which NNCF's AWQ scales the inputs of a layer."""
 
 _CONSTANT = re.compile(rb'<data element_type="(\w+)" shape="[^"]*" offset="(\d+)" size="(\d+)"')
 
@@ -71,6 +74,11 @@ class IrSummary:
     def stateful(self) -> bool:
         """Whether the KV cache is a state of the model, which both backends need."""
         return b'type="ReadValue"' in self.xml
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether AWQ has scaled the inputs of layers, and their weights by the inverse."""
+        return f'{AWQ_SCALE}"'.encode() in self.xml
 
     def info(self, *keys: str) -> str | None:
         """The value under a path of keys in `rt_info`, or None."""

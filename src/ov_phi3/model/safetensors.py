@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorEntry", "read_header", "read_tensor"]
 
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""How numpy reads a type; it has none for bfloat16, the upper half of a float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +82,22 @@ def read_tensor(file: Path, entry: TensorEntry) -> NDArray[np.float32]:
     """The values of one tensor of floating-point numbers, of its shape.
 
     Raises:
-        ModelError: the file cannot be read, or the tensor has another element type.
+        ModelError: the file cannot be read, or the tensor has another element type, or a size that is not its shape's.
     """
-    if entry.dtype not in {*_FLOATS, "BF16"}:
-        raise ModelError(f"{file} has a tensor of type {entry.dtype}; expected F32, F16 or BF16.")
+    if entry.dtype not in _FLOATS:
+        raise ModelError(f"{file} has a tensor of type {entry.dtype}; expected {', '.join(_FLOATS)}.")
+    width = np.dtype(_FLOATS[entry.dtype]).itemsize
+    if entry.size != math.prod(entry.shape) * width:
+        raise ModelError(
+            f"{file} is damaged: a tensor of shape {list(entry.shape)} and type {entry.dtype} has {entry.size} bytes. "
+            "Save it again."
+        )
     try:
         with file.open("rb") as stream:
             stream.seek(entry.start)
             data = stream.read(entry.size)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from error
-    if entry.dtype == "BF16":  # the upper half of a float32
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, _FLOATS[entry.dtype]).astype(np.float32)
-    return values.reshape(entry.shape)
+    values = np.frombuffer(data, _FLOATS[entry.dtype])
+    floats = (values.astype(np.uint32) << 16).view(np.float32) if entry.dtype == "BF16" else values.astype(np.float32)
+    return floats.reshape(entry.shape)

@@ -2,6 +2,10 @@
 
 The adapters are constants of the compiled model, so they hold for its life, and every sequence of a step has them. The
 cache's keys and values are then those of the changed weights.
+
+An export with AWQ has scaled the inputs of some layers, and their weights by the inverse (NNCF's `AWQ`, which inserts
+a node `.../awq_mul` behind the activation function: https://arxiv.org/abs/2306.00978). A is then scaled like these
+weights.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ov_phi3.errors import ModelError
+from ov_phi3.model.ir import AWQ_SCALE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +44,8 @@ def add_adapters(model: Any, adapters: Sequence[tuple[Adapter, float]], xml: Pat
         xml: the model's `.xml` file, for the message.
 
     Raises:
-        ModelError: the graph does not have a layer that an adapter changes, or an adapter's file cannot be read.
+        ModelError: the graph does not have a layer that an adapter changes, or scales its input in an unknown way, or
+            an adapter's file cannot be read.
     """
     parts: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = defaultdict(list)
     for adapter, factor in adapters:
@@ -57,7 +63,27 @@ def add_adapters(model: Any, adapters: Sequence[tuple[Adapter, float]], xml: Pat
                 "ov_phi3.export(), or with its adapter=, which merges the adapter."
             )
         a, b = (np.concatenate(matrices, axis) for axis, matrices in enumerate(zip(*pairs, strict=True)))
-        _add_product(products[module], a, b)
+        factors = _input_factors(products[module], a.shape[1], xml)
+        _add_product(products[module], a if factors is None else a / factors, b)
+
+
+def _input_factors(linear: Any, width: int, xml: Path) -> NDArray[np.float32] | None:
+    """What AWQ multiplies the input channels of a linear layer with, shape [width]; None for nothing."""
+    source = linear.input_value(0).get_node()
+    behind = [source, *(value.get_node() for value in source.input_values())]
+    scaled = next((node for node in behind if node.get_friendly_name().endswith(AWQ_SCALE)), None)
+    if scaled is None:
+        return None
+    constant = scaled.input_value(1).get_node()
+    if constant.get_type_name() == "Convert":
+        constant = constant.input_value(0).get_node()
+    if constant.get_type_name() != "Constant" or constant.get_data().size != width:
+        raise ModelError(
+            f"{xml} scales the inputs of {linear.get_friendly_name()} in an unknown way. Merge the adapter: "
+            "ov_phi3.export(SOURCE, DIRECTORY, adapter=...)."
+        )
+    factors: NDArray[np.float32] = constant.get_data().astype(np.float32).reshape(width)
+    return factors
 
 
 def _add_product(linear: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
