@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 from exporter import needs_exporter
 from hf_models import CONFIG, copying, nothing_left, write_json
 from lora import lora_tensors, write_adapter
 
 import ov_phi3
+from ov_phi3.backends.paged.lora import LINEAR, input_factors
 from ov_phi3.errors import ExportError, ModelError
 from ov_phi3.exporting import exporter, job
 from ov_phi3.exporting.child import ProgressLine
@@ -66,6 +68,24 @@ def test_merged_at_load_and_in_peft_are_the_same(tiny: Path, lora: Path, tmp_pat
     for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (merged.path / name).read_bytes() == (plain.path / name).read_bytes()
     nothing_left(tmp_path, "plain", "merged")
+
+
+@needs_exporter
+def test_awq_scales_the_inputs_of_layers_with_adapters(tiny: Path, lora: Path, tmp_path: Path) -> None:
+    """The real export has the nodes that the engine looks for; `test_lora.py` compares the numbers."""
+    model = export(tiny, tmp_path / "awq", "int4", awq=True, group_size=16, ratio=1.0).path
+    graph = openvino.Core().read_model(model / "openvino_model.xml")
+    scaled = {
+        match["module"].rpartition(".")[2]: input_factors(
+            node, int(node.input_value(0).get_partial_shape()[2].get_length()), model
+        )
+        for node in graph.get_ops()
+        if (match := LINEAR.fullmatch(node.get_friendly_name()))
+    }
+    assert {name for name, factors in scaled.items() if factors is not None} == {"down_proj"}
+    with pytest.raises(ModelError, match="was exported with AWQ.*Take backend='infer_request', or merge"):
+        ov_phi3.load(model, "CPU", adapters=lora)
+    assert greedy(model, adapters=lora, backend="infer_request") != greedy(model, backend="infer_request")
 
 
 @needs_exporter

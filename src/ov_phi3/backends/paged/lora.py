@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from ov_phi3.model.adapter import Adapter
 
-__all__ = ["add_adapters"]
+__all__ = ["LINEAR", "add_adapters", "input_factors"]
 
-_LINEAR = re.compile(r"__module\.(?P<module>model\.layers\.\d+\.[\w.]+)/\w+::linear/MatMul")
+LINEAR = re.compile(r"__module\.(?P<module>model\.layers\.\d+\.[\w.]+)/\w+::linear/MatMul")
 """Friendly name of a linear layer's product in an export by optimum-intel, such as
 `__module.model.layers.0.mlp.down_proj/aten::linear/MatMul`."""
 
@@ -54,7 +54,7 @@ def add_adapters(model: Any, adapters: Sequence[tuple[Adapter, float]], xml: Pat
     products = {
         match["module"]: node
         for node in model.get_ops()
-        if node.get_type_name() == "MatMul" and (match := _LINEAR.fullmatch(node.get_friendly_name()))
+        if node.get_type_name() == "MatMul" and (match := LINEAR.fullmatch(node.get_friendly_name()))
     }
     for module, pairs in parts.items():
         if module not in products:
@@ -63,11 +63,11 @@ def add_adapters(model: Any, adapters: Sequence[tuple[Adapter, float]], xml: Pat
                 "ov_phi3.export(), or with its adapter=, which merges the adapter."
             )
         a, b = (np.concatenate(matrices, axis) for axis, matrices in enumerate(zip(*pairs, strict=True)))
-        factors = _input_factors(products[module], a.shape[1], xml)
+        factors = input_factors(products[module], a.shape[1], xml)
         _add_product(products[module], a if factors is None else a / factors, b)
 
 
-def _input_factors(linear: Any, width: int, xml: Path) -> NDArray[np.float32] | None:
+def input_factors(linear: Any, width: int, xml: Path) -> NDArray[np.float32] | None:
     """What AWQ multiplies the input channels of a linear layer with, shape [width]; None for nothing."""
     source = linear.input_value(0).get_node()
     behind = [source, *(value.get_node() for value in source.input_values())]
