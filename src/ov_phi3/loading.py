@@ -97,7 +97,7 @@ def load(
     Raises:
         ModelError: the directory or an adapter is missing, incomplete, broken, or of another architecture.
         DeviceError: the device is missing or cannot run the model, or the OpenVINO packages do not fit together.
-        ConfigError: an unknown backend or property, a value out of range or that the backend lacks, or too little memory.
+        ConfigError: an unknown backend or property, a value out of range or not for this backend, or too little memory.
         TypeError: an argument of the wrong type.
 
     Warns:
