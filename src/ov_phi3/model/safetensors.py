@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ov_phi3.errors import ModelError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["TensorEntry", "read_header", "read_tensor"]
@@ -84,6 +83,8 @@ def read_tensor(file: Path, entry: TensorEntry) -> NDArray[np.float32]:
     Raises:
         ModelError: the file cannot be read, or the tensor has another element type, or a size that is not its shape's.
     """
+    import numpy as np  # the export reads headers only
+
     if entry.dtype not in _FLOATS:
         raise ModelError(f"{file} has a tensor of type {entry.dtype}; expected {', '.join(_FLOATS)}.")
     width = np.dtype(_FLOATS[entry.dtype]).itemsize
