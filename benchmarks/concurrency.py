@@ -42,8 +42,7 @@ from _common import (
     progress,
     write_json,
 )
-
-WHOLE_PROMPTS = 2**31 - 1  # tokens in a step
+from ov_phi3.backends.llm_pipeline import with_scheduler
 
 Ask: TypeAlias = Callable[[list[list[int]]], dict[str, Any]]
 """Gets the replies to some prompts; returns a sample: tokens per second of all, and their median TTFT and TPOT."""
@@ -90,11 +89,9 @@ def open_genai(pipe: ov_phi3.Pipeline) -> Any:
     """Raw GenAI with properties and cache of a loaded pipeline, without a prefix cache."""
     import openvino_genai
 
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.max_num_batched_tokens = WHOLE_PROMPTS
-    scheduler.num_kv_blocks = pipe.engine.kv_plan.num_blocks
+    properties = with_scheduler(pipe.load_report.ov_config, pipe.engine.kv_plan)
+    scheduler = properties.pop("scheduler_config")
     scheduler.enable_prefix_caching = False
-    properties = dict(pipe.load_report.ov_config)
     return openvino_genai.ContinuousBatchingPipeline(str(pipe.info.path), scheduler, pipe.device.name, properties)
 
 

@@ -11,7 +11,7 @@ from ov_phi3.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from ov_phi3.backends.protocol import BackendSpec
 
-__all__ = ["backend_spec", "backends_with", "default_concurrency"]
+__all__ = ["backend_spec", "backends_with", "concurrency_on"]
 
 _SPECS: dict[str, BackendSpec] = {spec.capabilities.name: spec for spec in (LLMPipelineSpec(), PagedBackendSpec())}
 
@@ -33,10 +33,12 @@ def backends_with(capability: str) -> list[str]:
     return [name for name, spec in _SPECS.items() if getattr(spec.capabilities, capability)]
 
 
-def default_concurrency(backend: object, most: int) -> int:
-    """Requests at once where none are asked for: `most`, or 1 on a named backend that runs one after another.
+def concurrency_on(backend: object, asked: int | None, most: int) -> int:
+    """Requests at once: those asked for, or else `most`, or 1 on a named backend that runs one after another.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: none are asked for, and there is no such backend.
     """
+    if asked is not None:
+        return asked
     return most if backend is None or backend_spec(backend).capabilities.schedules else 1

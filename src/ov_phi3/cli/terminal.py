@@ -249,9 +249,9 @@ def load(args: argparse.Namespace, backend: str | None = None, concurrency: int 
         concurrency: replies at once without `--concurrency`, if the backend runs several.
     """
     import ov_phi3
-    from ov_phi3.backends.registry import default_concurrency
+    from ov_phi3.backends.registry import concurrency_on
 
-    backend, asked = args.backend or backend, getattr(args, "concurrency", None)
+    backend = args.backend or backend
     with warnings.catch_warnings(record=True) as caught, status_line() as show:
         warnings.simplefilter("always", ov_phi3.ModelWarning)
         show(f"Loading {args.model} ...")
@@ -265,7 +265,7 @@ def load(args: argparse.Namespace, backend: str | None = None, concurrency: int 
             prefill_chunk=args.prefill_chunk,
             draft_model=args.draft_model,
             draft_device=args.draft_device,
-            concurrency=default_concurrency(backend, concurrency) if asked is None else asked,
+            concurrency=concurrency_on(backend, getattr(args, "concurrency", None), concurrency),
         )
     wrapped_note(f"{args.model} on {pipe.device}, loaded in {pipe.load_report.total_ms / 1000:.1f} s")
     if (draft := pipe.load_report.draft) is not None:

@@ -36,7 +36,7 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     size: int
-    start: int = 0
+    start: int
 
 
 def read_header(file: Path) -> Mapping[str, TensorEntry]:

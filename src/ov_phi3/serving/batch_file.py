@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.files import lock_file, write_atomically
 from ov_phi3.generation.config import GenerationConfig
-from ov_phi3.kv.fingerprint import fingerprint_of
+from ov_phi3.loaded_model import LoadedModel
 from ov_phi3.many import REQUEST_OPTIONS, row_seed, split_row
 from ov_phi3.serving import openai_format, openai_requests
 
@@ -126,7 +126,7 @@ def _conditions(pipe: Pipeline, config: GenerationConfig, model_name: str) -> st
     report = pipe.load_report
     properties = sorted((name, str(value)) for name, value in report.ov_config.items() if name != "CACHE_DIR")
     conditions = {
-        **fingerprint_of(pipe.info, pipe.tokenizer.template, [(one.sha256, one.factor) for one in report.adapters]),
+        **LoadedModel(pipe.info, pipe.tokenizer, pipe.engine, report.adapters).fingerprint,
         "backend": report.backend,
         "device": pipe.device.full_name,
         "properties": properties,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ov_phi3.backends.registry import default_concurrency
+from ov_phi3.backends.registry import concurrency_on
 from ov_phi3.errors import ConfigError, Error
 from ov_phi3.generation.config import GenerationConfig
 from ov_phi3.loading import load
@@ -86,9 +86,7 @@ class BatchGenerator:
         path = model_dir if manifest_sha256 is None else fetch_model(model_dir, manifest_sha256, cache_dir)
         properties = actor_properties(load_options, exact=exact)
         options = {"backend": "infer_request", **load_options, "ov_config": properties}
-        if concurrency is None:
-            concurrency = default_concurrency(options["backend"], _CONCURRENCY)
-        self._pipe = load(path, concurrency=concurrency, **options)
+        self._pipe = load(path, concurrency=concurrency_on(options["backend"], concurrency, _CONCURRENCY), **options)
         self._prefixes = [self._pipe.load_prefix(file) for file in prefixes]  # kept: every request may use them
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from ov_phi3.backends.registry import backend_spec, default_concurrency
+from ov_phi3.backends.registry import backend_spec, concurrency_on
 from ov_phi3.errors import ConfigError
 from ov_phi3.load_arguments import check_concurrency
 from ov_phi3.loading import load
@@ -109,8 +109,7 @@ def deployment(
 def _load_options(given: Mapping[str, Any], concurrency: int | None) -> tuple[dict[str, Any], int]:
     """The complete options of `load`, and the number of replies at once."""
     backend = given.get("backend") or "infer_request"
-    if concurrency is None:
-        concurrency = default_concurrency(backend, _CONCURRENCY)
+    concurrency = concurrency_on(backend, concurrency, _CONCURRENCY)
     check_concurrency(concurrency, backend_spec(backend))
     return {**given, "backend": backend, "concurrency": concurrency}, concurrency
 
