@@ -28,27 +28,28 @@ def anonymous_mib_and_threads():
     kib = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
     return kib / 1024, len(os.listdir("/proc/self/task"))
 
-def least(cycles):
-    seen = []
-    for _ in range(cycles):
-        cycle()
-        seen.append(anonymous_mib_and_threads())
-    return [min(values) for values in zip(*seen)]
-
 for _ in range(2):
     cycle()
-before = least(3)
-for _ in range(6):
+seen = []
+for _ in range(3):
     cycle()
-after = least(3)
-print(after[0] - before[0], after[1] - before[1])
+    seen.append(anonymous_mib_and_threads())
+before, threads_before = (min(values) for values in zip(*seen))
+for further in range(60):
+    cycle()
+    mib, threads = anonymous_mib_and_threads()
+    if further >= 6 and mib < before + float(sys.argv[4]):
+        break
+print(mib - before, threads - threads_before)
 """
-"""Nine cycles lie between the two figures."""
+"""At least seven cycles lie between the two figures, and as many more as it takes until a cycle leaves what the early
+ones left."""
 
-ONE_BUFFER_MIB = 30
-"""The last model may leave one buffer as large as the widest weights (27 MiB with the demo model), on a busy machine
-more often, before the first figure or after it. It does not add up. The fault that this test guards against left 7 MiB
-a cycle."""
+ROOM_MIB = 10
+"""What a later cycle may leave more than the early ones. A model that was closed sometimes leaves a buffer or two as
+large as its widest weights (27 and 38 MiB with the demo model, on a busy machine more often); a later cycle frees them,
+so one that is back at the early figure is waited for. The fault that this test guards against left 7 MiB a cycle and
+never came back."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -59,11 +60,14 @@ def test_loading_again_and_again_keeps_memory_and_threads(
     demo_int4: Path, backend: str, config: dict[str, str]
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, demo_int4, backend, repr(config)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT, demo_int4, backend, repr(config), str(ROOM_MIB)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     grown, threads = map(float, done.stdout.split())
     assert threads <= 0
-    assert grown < ONE_BUFFER_MIB + 10
+    assert grown < ROOM_MIB
 
 
 def test_close_lets_go_of_the_compiled_model(tiny_fp32: Path) -> None:
