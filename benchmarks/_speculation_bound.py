@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ov_phi3.backends.paged.drafter import LookupDrafter
+from ov_phi3.backends.paged.lookup import LookupDrafter
 from ov_phi3.backends.paged.step_costs import STEP_ROWS, StepCosts
 
 __all__ = ["least_steps_per_token"]

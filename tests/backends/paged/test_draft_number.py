@@ -10,7 +10,7 @@ import pytest
 from drafting import time_with_drafts
 
 from ov_phi3.backends.paged.draft_model import DraftModel, DraftSequence, ModelDrafter
-from ov_phi3.backends.paged.drafter import LookupDrafter
+from ov_phi3.backends.paged.lookup import LookupDrafter
 from ov_phi3.backends.paged.step_costs import StepCosts
 
 LARGE = StepCosts({1: 1.0, 2: 1.35, 3: 1.5, 4: 1.64, 6: 1.71, 8: 2.05, 12: 2.65, 16: 3.25}, seconds=0.1)

@@ -13,9 +13,9 @@ import numpy as np
 from ov_phi3.backends.paged.beam import BeamGroup
 from ov_phi3.backends.paged.constraint import ConstraintCompiler
 from ov_phi3.backends.paged.draft_model import DraftModel, DraftSequence, ModelDrafter
-from ov_phi3.backends.paged.drafter import LookupDrafter
 from ov_phi3.backends.paged.engine import PagedEngine
 from ov_phi3.backends.paged.group import PrefillGroup, ReplyGroup, SampleGroup, ScoreGroup
+from ov_phi3.backends.paged.lookup import LookupDrafter
 from ov_phi3.backends.paged.model_runner import SCRATCH_BLOCKS, ModelRunner
 from ov_phi3.backends.paged.step_costs import MeasuredCosts
 from ov_phi3.backends.protocol import BackendReport, Cancelled, Capabilities, Hypothesis

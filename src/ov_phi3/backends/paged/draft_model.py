@@ -23,7 +23,7 @@ from ov_phi3.backends.protocol import Cancelled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ov_phi3.backends.paged.drafter import LookupDrafter
+    from ov_phi3.backends.paged.lookup import LookupDrafter
     from ov_phi3.backends.protocol import Request
 
 __all__ = ["DraftModel", "DraftSequence", "ModelDrafter"]
@@ -248,7 +248,7 @@ class ModelDrafter:
         if room:
             each = self._model.pass_cost(costs)
             offers.append(Offer(costs, [self._rate.rate] * room, self._setup(each), each))
-        choice = self._plan.choose(offers, most, self._lookup.confident)
+        choice = self._plan.choose(offers, most, self._lookup.run)
         if choice.offer == 0:
             self._plan.take(choice.rows, choice.cost)
             return self._lookup.predicted(choice.rows - 1)

@@ -29,8 +29,9 @@ _MARGIN = 1.05  # drafts are made where a step with them is expected to be faste
 
 # What drafts may cost: at first, and for each token, in steps; what they gain is added, up to a limit. So a text that
 # does not repeat takes hardly longer, and one that begins to is drafted in earnest after a few right drafts.
-_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 0.3, 0.0075, 4.0
-_CREDIT_OF_RUN = 1.6  # lent behind some right predictions in a row
+_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 0.15, 0.0075, 4.0
+# Lent behind so many right predictions in a row, whether they were drafted or not.
+_CREDIT_OF_RUN = {3: 1.6, 8: 4.0}
 _CHANGE_SHARE = 0.6  # drafts come in runs: a step pays this share of the two changes of rows that the run takes
 _PATIENCE = 0.5  # a run is kept up without gain until it has lost this share of what the changes cost
 
@@ -248,15 +249,15 @@ class DraftPlan:
     def _earned(self) -> float:
         return min(self._credit, _MOST_CREDIT) - 1.0  # without the token that a step gives in any case
 
-    def choose(self, offers: Sequence[Offer], most: int, confident: bool = False) -> Choice:
+    def choose(self, offers: Sequence[Offer], most: int, run: int = 0) -> Choice:
         """The rows of the next step, from the offer that gives the most tokens per time.
 
         Args:
             offers: what can be drafted. The first one can fill rows in which nothing is expected.
             most: most drafts that the sequence has room for.
-            confident: the last predictions of the first offer were right, so that some credit is lent.
+            run: how many of the last predictions of the first offer were right in a row; some credit is lent for it.
         """
-        credit = self._earned + (_CREDIT_OF_RUN if confident else 0.0)
+        credit = self._earned + max((lent for least, lent in _CREDIT_OF_RUN.items() if run >= least), default=0.0)
         best = Choice(0, 1, 1.0)
         for index, offer in enumerate(offers):
             rows, cost = best_rows(offer.costs, offer.chances, credit - offer.setup, self.rows, offer.each)

@@ -7,8 +7,8 @@ import random
 import pytest
 from drafting import time_with_drafts
 
-from ov_phi3.backends.paged.drafter import LookupDrafter
-from ov_phi3.backends.paged.step_costs import STEP_ROWS, MeasuredCosts, StepCosts, best_rows
+from ov_phi3.backends.paged.lookup import LookupDrafter
+from ov_phi3.backends.paged.step_costs import STEP_ROWS, DraftPlan, MeasuredCosts, Offer, StepCosts, best_rows
 
 DEMO = StepCosts({1: 1.0, 2: 1.04, 3: 1.05, 4: 1.1, 6: 1.24, 8: 1.38, 12: 1.6, 16: 1.8}, change=0.55)
 LARGE = StepCosts({1: 1.0, 2: 1.35, 3: 1.5, 4: 1.64, 6: 1.71, 8: 2.05, 12: 2.65, 16: 3.25})
@@ -104,7 +104,13 @@ class TestNumber:
         lookup = drafter([*first, *second[:6]])
         lookup.add([31, 6])
         assert lookup.draft(3)[:3] in ([7, 8, 9], [])
-        assert lookup._source == 8
+        assert lookup.predicted(4) == [7, 8, 9, 50]
+
+    def test_an_interrupted_match_counts_more_than_a_short_one(self) -> None:
+        record = [50, 51, 10, 9, 5, 6, 60, 61, 11, 9, 5, 6, 70, 71]
+        lookup = drafter([*record, 12, 13, 9, 1])
+        lookup.add([50, 51, 12, 13, 9, 5])  # (9, 5) came last in front of 6 and 70
+        assert lookup.predicted(3) == [6, 60, 61]
 
     @pytest.mark.parametrize("costs", [DEMO, LARGE], ids=["demo", "large"])
     def test_text_that_does_not_repeat_takes_hardly_longer(self, costs: StepCosts) -> None:
@@ -118,6 +124,13 @@ class TestNumber:
         prompt = words(1, 300, 2000)
         edited = [token if index % 40 else 2001 for index, token in enumerate(prompt[50:250])]
         assert time_of(prompt, edited, costs) < most
+
+    def test_many_right_predictions_make_up_for_drafts_in_vain(self) -> None:
+        offers = [Offer(DEMO, [0.95] * 15)]
+        for run, drafts in ((0, False), (7, False), (8, True)):
+            plan = DraftPlan(-1.4)
+            plan.earn(1)
+            assert (plan.choose(offers, 50, run).rows > 1) == drafts
 
     def test_a_text_that_begins_to_repeat_is_noticed(self) -> None:
         prompt = words(1, 200, 2000)
