@@ -22,7 +22,6 @@ STEP_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 # A time is known when the two shortest samples agree so far, or after so many of them, or so many seconds.
 _AGREEMENT, _MOST_SAMPLES, _MOST_SECONDS = 1.1, 8, 0.2
-_LEAST_SAMPLES_OF_ONE = 2  # by which all other times are divided
 _LONG_SECONDS = 0.05  # of a step whose change to another number of rows, some milliseconds, hardly counts
 
 _MARGIN = 1.05  # drafts are made where a step with them is expected to be faster by this factor per token
@@ -100,7 +99,7 @@ class MeasuredCosts(StepCosts):
     def seconds(self) -> float:
         """Of a step of one row."""
         if not self._seconds:
-            self._seconds = self._shortest(1, _LEAST_SAMPLES_OF_ONE)
+            self._seconds = self._shortest(1, least=2)  # the very first prepares kernels
         return self._seconds
 
     @property
@@ -112,23 +111,29 @@ class MeasuredCosts(StepCosts):
 
     def _cost(self, number: int) -> float:
         if number not in self._costs:
-            one, first = self.seconds, len(self._costs) == 1
-            measured = min(self._rounded(self._shortest(number)), float(number))  # it is worth as many steps at most
+            first, is_long = len(self._costs) == 1, self.seconds >= _LONG_SECONDS
+            seconds, back = self._shortest(number), 0.0
+            if not is_long:
+                back = self._shortest_back(number) if first else self._seconds_of(1)
+            one = self._one_now()
+            measured = min(_rounded(seconds / one), float(number))  # it is worth as many steps at most
             larger = (cost for rows, cost in self._costs.items() if rows > number)
             self._costs[number] = max(self.at_least(number), min([measured, *larger]))
-            if first and one < _LONG_SECONDS:
-                self._change = max(0.0, self._rounded(self._shortest_back(number) - one))
+            if first and back:
+                self._change = max(0.0, _rounded(back / one - 1.0))
         return self._costs[number]
-
-    def _rounded(self, seconds: float) -> float:
-        return round(32 * seconds / self.seconds) / 32
 
     def _shortest(self, rows: int, least: int = 1) -> float:
         """The shortest of some times, since anything else in the machine only adds to a time."""
         times: list[float] = []
         while len(times) < least or not _is_known(times):
-            times.append(self._seconds_of(rows))  # the very first prepares kernels
+            times.append(self._seconds_of(rows))
         return min(times)
+
+    def _one_now(self) -> float:
+        """A step of one row again, since the machine may have become faster or slower: it shares its memory."""
+        time = self._seconds_of(1)
+        return time if 1.0 / _AGREEMENT < time / self.seconds < _AGREEMENT else self._shortest(1)
 
     def _shortest_back(self, rows: int) -> float:
         """The same of a step of one row behind one of several, which was the last."""
@@ -137,6 +142,10 @@ class MeasuredCosts(StepCosts):
             self._seconds_of(rows)
             times.append(self._seconds_of(1))
         return min(times)
+
+
+def _rounded(cost: float) -> float:
+    return round(32 * cost) / 32
 
 
 def _is_known(times: Sequence[float]) -> bool:
