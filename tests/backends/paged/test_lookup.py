@@ -125,12 +125,30 @@ class TestNumber:
         edited = [token if index % 40 else 2001 for index, token in enumerate(prompt[50:250])]
         assert time_of(prompt, edited, costs) < most
 
-    def test_many_right_predictions_make_up_for_drafts_in_vain(self) -> None:
-        offers = [Offer(DEMO, [0.95] * 15)]
-        for run, drafts in ((0, False), (7, False), (8, True)):
-            plan = DraftPlan(-1.4)
-            plan.earn(1)
-            assert (plan.choose(offers, 50, run).rows > 1) == drafts
+    @pytest.mark.parametrize(
+        ("credit", "run", "drafts"),
+        [(0.0, 2, False), (0.0, 3, True), (-0.8, 3, True), (-1.0, 3, False), (-1.4, 7, False), (-1.4, 8, True)],
+    )
+    def test_right_predictions_make_up_for_drafts_in_vain(self, credit: float, run: int, drafts: bool) -> None:
+        plan = DraftPlan(credit)
+        plan.earn(1)
+        costs = StepCosts({1: 1.0, 4: 1.1}, change=0.5)
+        assert plan.can_draft(costs, run) == drafts
+        assert (plan.choose([Offer(costs, [0.95] * 3)], 50, run).rows > 1) == drafts
+
+    def test_no_look_ahead_where_nothing_can_be_drafted(self) -> None:
+        """It decides as with one."""
+        for seed in range(20):
+            prompt = words(seed, 120, 50)
+            reply = prompt[30:90] + words(seed + 1, 60, 50)
+            lookup, plan = drafter(prompt), DraftPlan()
+            for token in reply:
+                if not plan.can_draft(DEMO, lookup.run):
+                    assert plan.choose([Offer(DEMO, lookup.chances(15))], 50, lookup.run).rows == 1
+                choice = plan.choose([Offer(DEMO, lookup.chances(15))], 50, lookup.run)
+                plan.take(choice.rows, choice.cost)
+                plan.earn(1)
+                lookup.add([token])
 
     def test_a_text_that_begins_to_repeat_is_noticed(self) -> None:
         prompt = words(1, 200, 2000)

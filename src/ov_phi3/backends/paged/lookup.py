@@ -28,7 +28,7 @@ _LEAST_INTERRUPTED = 2  # tokens of a match that is taken up again behind what i
 _MOST_INTERRUPTED = 4  # such matches that are remembered, the last ones
 _LONGEST_GAP = 8  # tokens of the source that what interrupted it may replace
 _SHORT = 4  # tokens of a match that says less than an interrupted one that can be taken up again
-_LEAST_CHANCE = 0.01  # of all drafts together, down to which they are looked at
+_LEAST_CHANCE = 0.03  # of all drafts together, down to which they are looked at
 
 
 @dataclass(slots=True)
@@ -109,9 +109,12 @@ class LookupDrafter:
         """The next tokens, at most `most` and possibly none."""
         if self._number is not None:
             return self.predicted(min(most, self._number)) if self._match.source >= 0 else []
-        costs = self._costs
-        choice = self._plan.choose([Offer(costs, self.chances(min(most, costs.most_drafts)))], most, self.run)
-        self._plan.take(choice.rows, choice.cost)
+        costs, plan = self._costs, self._plan
+        if not plan.can_draft(costs, self.run):
+            plan.take(1, 1.0)
+            return []
+        choice = plan.choose([Offer(costs, self.chances(min(most, costs.most_drafts)))], most, self.run)
+        plan.take(choice.rows, choice.cost)
         return self.predicted(choice.rows - 1)
 
     def close(self) -> None:

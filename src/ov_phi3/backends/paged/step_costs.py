@@ -29,8 +29,8 @@ _MARGIN = 1.05  # drafts are made where a step with them is expected to be faste
 # What drafts may cost: at first, and for each token, in steps; what they gain is added, up to a limit. So a text that
 # does not repeat takes hardly longer, and one that begins to is drafted in earnest after a few right drafts.
 _FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 0.15, 0.0075, 4.0
-# Lent behind so many right predictions in a row, whether they were drafted or not.
-_CREDIT_OF_RUN = {3: 1.6, 8: 4.0}
+# Lent behind so many right predictions in a row, drafted or not, to a text that has lost no more than this.
+_LOANS = ((3, 1.6, 0.9), (8, 4.0, math.inf))
 _CHANGE_SHARE = 0.6  # drafts come in runs: a step pays this share of the two changes of rows that the run takes
 _PATIENCE = 0.5  # a run is kept up without gain until it has lost this share of what the changes cost
 
@@ -75,6 +75,11 @@ class StepCosts:
     def at_least(self, rows: int) -> float:
         """A lower bound of `of`, for which nothing is measured."""
         return max(cost for number, cost in self._costs.items() if number <= rows)
+
+    @property
+    def least_entry(self) -> float:
+        """A lower bound of what the first step with drafts costs more than one without."""
+        return self.at_least(2) - 1.0 + 2.0 * _CHANGE_SHARE * self._change
 
     def _cost(self, number: int) -> float:
         return self._costs[number]
@@ -258,6 +263,14 @@ class DraftPlan:
     def _earned(self) -> float:
         return min(self._credit, _MOST_CREDIT) - 1.0  # without the token that a step gives in any case
 
+    def _credit_in(self, run: int) -> float:
+        earned = self._earned
+        return earned + max((loan for least, loan, most in _LOANS if run >= least and earned >= -most), default=0.0)
+
+    def can_draft(self, costs: StepCosts, run: int) -> bool:
+        """Whether `choose` might choose drafts, whatever their chances are; its answer is 1 row otherwise."""
+        return self.rows > 1 or self._credit_in(run) >= costs.least_entry
+
     def choose(self, offers: Sequence[Offer], most: int, run: int = 0) -> Choice:
         """The rows of the next step, from the offer that gives the most tokens per time.
 
@@ -266,7 +279,7 @@ class DraftPlan:
             most: most drafts that the sequence has room for.
             run: how many of the last predictions of the first offer were right in a row; some credit is lent for it.
         """
-        credit = self._earned + max((lent for least, lent in _CREDIT_OF_RUN.items() if run >= least), default=0.0)
+        credit = self._credit_in(run)
         best = Choice(0, 1, 1.0)
         for index, offer in enumerate(offers):
             rows, cost = best_rows(offer.costs, offer.chances, credit - offer.setup, self.rows, offer.each)
