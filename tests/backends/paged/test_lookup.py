@@ -163,15 +163,17 @@ class Device:
         costs: of the passes.
         seconds: of a pass of one row.
         noise: of each pass, from this seed, as a share of its time; None for none.
+        back: share of the cost of a change that a pass of one row has; the others have the rest of both.
     """
 
-    def __init__(self, costs: StepCosts, seconds: float, noise: int | None = None) -> None:
-        self.costs, self.seconds = costs, seconds
+    def __init__(self, costs: StepCosts, seconds: float, noise: int | None = None, back: float = 1.0) -> None:
+        self.costs, self.seconds, self.back = costs, seconds, back
         self.draw = None if noise is None else random.Random(noise)
         self.passes: list[int] = [1]
 
     def run(self, rows: int) -> float:
-        cost = self.costs.of(rows) + (self.costs.change if rows != self.passes[-1] else 0.0)
+        change = self.costs.change * (self.back if rows == 1 else 2.0 - self.back)
+        cost = self.costs.of(rows) + (change if rows != self.passes[-1] else 0.0)
         self.passes.append(rows)
         return self.seconds * cost * (1.0 if self.draw is None else self.draw.uniform(1.0, 1.6))
 
@@ -202,6 +204,11 @@ class TestMeasuredCosts:
         assert len(device.passes) == 5
         assert best_rows(costs, [0.99] * 15)[0] == 16
         assert device.passes[5::2] == [3, 4, 6, 8, 12, 16]
+
+    def test_a_change_may_cost_more_in_one_direction(self) -> None:
+        costs = MeasuredCosts(Device(DEMO, 0.02, back=0.4).run)
+        assert costs.change == pytest.approx(DEMO.change, abs=0.02)
+        assert costs.of(8) == pytest.approx(DEMO.of(8), abs=0.02)
 
     def test_a_machine_that_becomes_faster_or_slower_changes_no_cost(self) -> None:
         device = Device(DEMO, 0.02)

@@ -117,15 +117,15 @@ class MeasuredCosts(StepCosts):
     def _cost(self, number: int) -> float:
         if number not in self._costs:
             first, is_long = len(self._costs) == 1, self.seconds >= _LONG_SECONDS
-            seconds, back = self._shortest(number), 0.0
+            seconds, changed = self._shortest(number), 0.0
             if not is_long:
-                back = self._shortest_back(number) if first else self._seconds_of(1)
+                changed = self._changed(number) if first else self._seconds_of(1)
             one = self._one_now()
             measured = min(_rounded(seconds / one), float(number))  # it is worth as many steps at most
             larger = (cost for rows, cost in self._costs.items() if rows > number)
             self._costs[number] = max(self.at_least(number), min([measured, *larger]))
-            if first and back:
-                self._change = max(0.0, _rounded(back / one - 1.0))
+            if first and changed:
+                self._change = max(0.0, _rounded((changed - seconds - one) / (2.0 * one)))
         return self._costs[number]
 
     def _shortest(self, rows: int, least: int = 1) -> float:
@@ -140,13 +140,16 @@ class MeasuredCosts(StepCosts):
         time = self._seconds_of(1)
         return time if 1.0 / _AGREEMENT < time / self.seconds < _AGREEMENT else self._shortest(1)
 
-    def _shortest_back(self, rows: int) -> float:
-        """The same of a step of one row behind one of several, which was the last."""
-        times = [self._seconds_of(1)]
-        while not _is_known(times):
-            self._seconds_of(rows)
-            times.append(self._seconds_of(1))
-        return min(times)
+    def _changed(self, rows: int) -> float:
+        """The times of a step of several rows behind one of one row and of one behind several, together.
+
+        The last step was one of these rows.
+        """
+        back, there = [self._seconds_of(1)], [math.inf]
+        while not _is_known(back):
+            there.append(self._seconds_of(rows))
+            back.append(self._seconds_of(1))
+        return min(there) + min(back)
 
 
 def _rounded(cost: float) -> float:
