@@ -87,12 +87,10 @@ class LookupDrafter:
     def _start(self, ids: Sequence[int]) -> None:
         """Index a prompt at once; its own repetitions say nothing about the reply."""
         self._ids = list(ids)
-        for size, index in self._index.items():
-            for end in range(size, len(ids)):
-                key = hash(tuple(self._ids[end - size : end]))
-                index[key] = (end, index[key][0] if key in index else -1)
+        for end in range(1, len(ids)):
+            self._remember(end)
         self._find()
-        self._remember()
+        self._remember(len(ids))
 
     def add(self, ids: Sequence[int]) -> None:
         """Note ids that the sequence has now: whether they were expected, and what may come next."""
@@ -103,7 +101,7 @@ class LookupDrafter:
                 self.run = self.run + 1 if token == self._guess()[0] else 0
                 self._learn(token)
             self._move(token)
-            self._remember()
+            self._remember(len(self._ids))
 
     def draft(self, most: int) -> list[int]:
         """The next tokens, at most `most` and possibly none."""
@@ -213,13 +211,12 @@ class LookupDrafter:
             length += 1
         return length
 
-    def _remember(self) -> None:
-        """Index the n-grams that end with the last token; after `_find`, which must not find them."""
-        ids = self._ids
+    def _remember(self, end: int) -> None:
+        """Index the n-grams in front of a position; those of the last token after `_find`, which must not find them."""
         for size, index in self._index.items():
-            if len(ids) >= size:
-                key = hash(tuple(ids[-size:]))
-                index[key] = (len(ids), index[key][0] if key in index else -1)
+            if end >= size:
+                key = hash(tuple(self._ids[end - size : end]))
+                index[key] = (end, index[key][0] if key in index else -1)
 
 
 _LENGTH_CLASS = tuple(

@@ -116,15 +116,17 @@ class MeasuredCosts(StepCosts):
 
     def _cost(self, number: int) -> float:
         if number not in self._costs:
-            first, is_long = len(self._costs) == 1, self.seconds >= _LONG_SECONDS
-            seconds, changed = self._shortest(number), 0.0
-            if not is_long:
-                changed = self._changed(number) if first else self._seconds_of(1)
+            is_long, measures_change = self.seconds >= _LONG_SECONDS, len(self._costs) == 1
+            seconds, changed = self._shortest(number), None
+            if not is_long and measures_change:
+                changed = self._changed(number)
+            elif not is_long:
+                self._seconds_of(1)  # behind another number of rows, so not the time of a step of one row
             one = self._one_now()
             measured = min(_rounded(seconds / one), float(number))  # it is worth as many steps at most
             larger = (cost for rows, cost in self._costs.items() if rows > number)
             self._costs[number] = max(self.at_least(number), min([measured, *larger]))
-            if first and changed:
+            if changed is not None:
                 self._change = max(0.0, _rounded((changed - seconds - one) / (2.0 * one)))
         return self._costs[number]
 
