@@ -243,6 +243,9 @@ class ModelDrafter:
         if self._number is not None:
             return self._sequence.draft(min(most, self._number))
         costs, each = self._costs, 0.0
+        if not self._plan.can_draft(costs, self._lookup.run):
+            self._plan.take(1, 1.0)
+            return []
         offers = [Offer(costs, self._lookup.chances(min(most, costs.most_drafts)))]
         room = self._sequence.room(min(most, costs.most_drafts)) if self._alone() else 0
         if room:
